@@ -1,0 +1,190 @@
+// Package vault is what the broker asks of the store that holds the secrets. It
+// is shaped by what Azure Key Vault can do, so that every store behaves like the
+// one in production: a secret is a name with versions, each version has tags,
+// deletes are soft, lists come in pages, and there is no compare-and-set.
+//
+// Implementations are in the packages beside it; vaulttest is the suite that
+// each of them passes.
+package vault
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"time"
+
+	"github.com/exto/secrets-broker/secret"
+)
+
+// Limits of Key Vault that every implementation keeps to:
+// https://learn.microsoft.com/azure/key-vault/secrets/about-secrets
+const (
+	MaxTags     = 15
+	MaxTagChars = 512 // of a tag's name, and of its value
+)
+
+// Vault keeps secrets. All methods are safe for concurrent use and return within
+// their context, but for the time of a commit under way. Every error wraps one
+// of the errors of this package, or the context's.
+//
+// A method that writes returns an error with IsUncertain when the write may have
+// happened or may yet; after any other error it did not happen and will not.
+type Vault interface {
+	// Set stores a new version, which becomes the current one. A deleted name is
+	// ErrDeleted.
+	Set(ctx context.Context, key secret.Key, v NewVersion) (Properties, error)
+
+	// Get reads a version and its value, the current one when version is empty.
+	// ErrNotFound when there is no such version or the name is deleted. A
+	// disabled version is ErrDisabled; as in Key Vault, nothing else is said of
+	// it, and no older version takes its place.
+	Get(ctx context.Context, key secret.Key, version string) (Properties, secret.Value, error)
+
+	// Versions lists all versions in no promised order. ErrNotFound when the name
+	// is absent or deleted.
+	Versions(ctx context.Context, key secret.Key) ([]Properties, error)
+
+	// Update sets the attributes of a version and replaces all of its tags. Its
+	// value and content type stay. ErrNotFound as for Get.
+	Update(ctx context.Context, key secret.Key, version string, p Patch) (Properties, error)
+
+	// Delete soft-deletes the name with all of its versions. ErrNotFound when it
+	// is absent or deleted already.
+	Delete(ctx context.Context, key secret.Key) (Deleted, error)
+
+	// GetDeleted reads what is left of a deleted name: the properties of its
+	// newest version, without the value. ErrNotFound when it is not deleted.
+	GetDeleted(ctx context.Context, key secret.Key) (Deleted, error)
+
+	// Recover undoes Delete and returns once the name can be used again.
+	// ErrNotFound when it is not deleted.
+	Recover(ctx context.Context, key secret.Key) error
+
+	// List gives the newest version of each live name, without version ids, in
+	// pages of at most max (at least 1), beginning where the skip of the page
+	// before ends. Names that are no secret.Key are left out.
+	List(ctx context.Context, skip string, max int) (Page, error)
+
+	// ListDeleted is List for deleted names.
+	ListDeleted(ctx context.Context, skip string, max int) (Page, error)
+
+	// Check reports whether the vault can be used now; nil is yes.
+	Check(ctx context.Context) error
+
+	// Info describes the vault. It does not change and does not block.
+	Info() Info
+
+	// Close ends it, after the calls under way. Calls after Close are
+	// ErrUnavailable.
+	Close() error
+}
+
+// Info describes a vault to the operator and to the broker.
+type Info struct {
+	// Name is how the start-up log calls it, such as "embedded".
+	Name string
+	// Location says where it keeps its secrets, such as path=/data/store.db.
+	// The zero Attr when it keeps none.
+	Location slog.Attr
+	// Discards reports that the vault keeps nothing: a write succeeds and is
+	// forgotten.
+	Discards bool
+}
+
+// Tags are the names and values that a version bears, readable by all who may
+// list. At most MaxTags, each at most MaxTagChars.
+type Tags map[string]string
+
+// Clone copies the tags; nil stays nil.
+func (t Tags) Clone() Tags { return maps.Clone(t) }
+
+// Properties is what a vault knows of a version besides its value.
+type Properties struct {
+	Key secret.Key
+	// Version is the vault's own id of the version: up to 32 letters and digits.
+	// Empty in lists of names.
+	Version string
+	Enabled bool
+	// Created is by the vault's clock, in whole seconds, as in Key Vault.
+	Created     time.Time
+	ContentType string
+	Tags        Tags
+}
+
+// NewVersion is a version to be stored. It is enabled.
+type NewVersion struct {
+	Value       secret.Value
+	ContentType string
+	Tags        Tags
+}
+
+// Patch is what Update sets.
+type Patch struct {
+	Enabled bool
+	// Tags replace all tags of the version; nil removes them all.
+	Tags Tags
+}
+
+// Deleted is a deleted name: the properties of its newest version, and when it
+// was deleted and will be purged.
+type Deleted struct {
+	Properties
+	DeletedAt time.Time
+	PurgeAt   time.Time
+}
+
+// Page is a page of a list. Deleted holds the items of ListDeleted, Live those of
+// List.
+type Page struct {
+	Live    []Properties
+	Deleted []Deleted
+	// Next is the skip of the next page; empty on the last. It is the vault's own
+	// and says nothing of hosts or paths.
+	Next string
+}
+
+// What a vault answers besides success.
+var (
+	// ErrNotFound: no such name or version now.
+	ErrNotFound = errors.New("vault: not found")
+	// ErrDisabled: the version is disabled.
+	ErrDisabled = errors.New("vault: version disabled")
+	// ErrDeleted: the name is deleted and can be recovered.
+	ErrDeleted = errors.New("vault: name deleted")
+	// ErrThrottled: too many requests; wait and ask again.
+	ErrThrottled = errors.New("vault: throttled")
+	// ErrRefused: the vault refuses the broker itself.
+	ErrRefused = errors.New("vault: credentials refused")
+	// ErrUnavailable: the vault cannot be reached or cannot do its work.
+	ErrUnavailable = errors.New("vault: unavailable")
+)
+
+type uncertainError struct{ err error }
+
+func (e uncertainError) Error() string { return "outcome unknown: " + e.err.Error() }
+func (e uncertainError) Unwrap() error { return e.err }
+
+// Uncertain marks the error of a write that may have happened or may yet.
+func Uncertain(err error) error { return uncertainError{err} }
+
+// IsUncertain reports whether a write that ended with err may have happened or
+// may yet.
+func IsUncertain(err error) bool {
+	var u uncertainError
+	return errors.As(err, &u)
+}
+
+// CheckTags reports whether a vault would store these tags.
+func CheckTags(t Tags) error {
+	if len(t) > MaxTags {
+		return fmt.Errorf("%d tags; a version bears at most %d", len(t), MaxTags)
+	}
+	for name, value := range t {
+		if len(name) > MaxTagChars || len(value) > MaxTagChars {
+			return fmt.Errorf("tag %.40q has more than %d characters", name, MaxTagChars)
+		}
+	}
+	return nil
+}
