@@ -64,7 +64,8 @@ type Vault interface {
 
 	// List gives the newest version of each live name, without version ids, in
 	// pages of at most max (at least 1), beginning where the skip of the page
-	// before ends. Names that are no secret.Key are left out.
+	// before ends; what is no skip of this list is ErrSkip. Names that are no
+	// secret.Key are left out.
 	List(ctx context.Context, skip string, max int) (Page, error)
 
 	// ListDeleted is List for deleted names.
@@ -153,6 +154,8 @@ var (
 	ErrDisabled = errors.New("vault: version disabled")
 	// ErrDeleted: the name is deleted and can be recovered.
 	ErrDeleted = errors.New("vault: name deleted")
+	// ErrSkip: not a place in this list.
+	ErrSkip = errors.New("vault: not a place in the list")
 	// ErrThrottled: too many requests; wait and ask again.
 	ErrThrottled = errors.New("vault: throttled")
 	// ErrRefused: the vault refuses the broker itself.

@@ -1,0 +1,24 @@
+// Command broker is the secrets broker: the one process that owns the
+// connection to the vault and serves the secrets of customer instances to
+// callers known by mutual TLS.
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // a second signal ends the process at once
+	// A limit on file sizes has to be an error of the write that meets it, as a
+	// full disk is, and not the end of the process.
+	signal.Ignore(syscall.SIGXFSZ)
+	if err := run(ctx, os.Args[1:], os.Stdout, os.Stderr); err != nil {
+		fmt.Fprintln(os.Stderr, "broker: "+err.Error())
+		os.Exit(1)
+	}
+}

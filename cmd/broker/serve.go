@@ -1,0 +1,173 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"runtime/debug"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/exto/secrets-broker/server"
+	"github.com/exto/secrets-broker/server/broker"
+	"github.com/exto/secrets-broker/server/vault"
+	"github.com/exto/secrets-broker/server/vault/embedded"
+	"github.com/exto/secrets-broker/server/vault/noop"
+)
+
+// serveCommand is a broker in production. Its fields are the variables that the
+// README's table lists.
+type serveCommand struct {
+	SecretStoreProvider string `name:"secret-store-provider" env:"SECRET_STORE_PROVIDER" placeholder:"NAME" help:"Where the secrets are: embedded, or noop (keeps nothing), which is also the default."`
+	ListenAddress       string `name:"listen-address" env:"BROKER_LISTEN_ADDRESS" default:":7443" help:"Address of the gRPC server."`
+	TLSCertFile         string `name:"tls-cert-file" env:"BROKER_TLS_CERT_FILE" placeholder:"FILE" help:"PEM file of the server's certificate. Required."`
+	TLSKeyFile          string `name:"tls-key-file" env:"BROKER_TLS_KEY_FILE" placeholder:"FILE" help:"PEM file of its private key. Required."`
+	TLSClientCAFile     string `name:"tls-client-ca-file" env:"BROKER_TLS_CLIENT_CA_FILE" placeholder:"FILE" help:"PEM file of the CA that issues the callers' certificates. Required."`
+	PolicyFile          string `name:"policy-file" env:"BROKER_POLICY_FILE" placeholder:"FILE" help:"YAML file that says who may call what. Required."`
+	DataDir             string `name:"data-dir" env:"BROKER_DATA_DIR" placeholder:"DIR" help:"Folder of the embedded store. Required by it."`
+	EmbeddedKeyFile     string `name:"embedded-key-file" env:"BROKER_EMBEDDED_KEY_FILE" placeholder:"FILE" help:"Key of the embedded store, made on first start; store.key in its folder by default."`
+
+	serverSettings
+}
+
+// serverSettings are the same for serve and dev.
+type serverSettings struct {
+	MetricsAddress    string        `name:"metrics-address" env:"BROKER_METRICS_ADDRESS" default:"127.0.0.1:9464" help:"Address of /metrics, /healthz and /readyz."`
+	EmbeddedRetention time.Duration `name:"embedded-retention" env:"BROKER_EMBEDDED_RETENTION" default:"2160h" help:"How long the embedded store keeps what was deleted."`
+	ShutdownTimeout   time.Duration `name:"shutdown-timeout" env:"BROKER_SHUTDOWN_TIMEOUT" default:"15s" help:"How long a shutdown waits for the calls under way."`
+	logSettings
+}
+
+// Run serves until ctx ends.
+func (c serveCommand) Run(ctx context.Context, s streams) error {
+	return c.serve(ctx, s, func(net.Addr) {})
+}
+
+// check names the first setting that is missing or out of range.
+func (c serveCommand) check() error {
+	for _, required := range []struct{ value, name, meaning string }{
+		{c.TLSCertFile, "BROKER_TLS_CERT_FILE (--tls-cert-file)", "the PEM file of the server's certificate"},
+		{c.TLSKeyFile, "BROKER_TLS_KEY_FILE (--tls-key-file)", "the PEM file of the server's private key"},
+		{c.TLSClientCAFile, "BROKER_TLS_CLIENT_CA_FILE (--tls-client-ca-file)", "the PEM file of the CA that issues the callers' certificates"},
+		{c.PolicyFile, "BROKER_POLICY_FILE (--policy-file)", "the YAML file that says who may call what"},
+	} {
+		if required.value == "" {
+			return fmt.Errorf("%s is not set: set it to %s, or run broker dev, which makes one", required.name, required.meaning)
+		}
+	}
+	switch {
+	case c.EmbeddedRetention <= 0:
+		return errors.New("BROKER_EMBEDDED_RETENTION (--embedded-retention) is not positive: set it to a duration such as 2160h")
+	case c.ShutdownTimeout <= 0:
+		return errors.New("BROKER_SHUTDOWN_TIMEOUT (--shutdown-timeout) is not positive: set it to a duration such as 15s")
+	}
+	return nil
+}
+
+// serve runs the broker until ctx ends and everything is closed again. listening
+// is called once with the address of the gRPC server, when it takes calls.
+func (c serveCommand) serve(ctx context.Context, s streams, listening func(net.Addr)) (err error) {
+	log, err := c.logger(s.err)
+	if err != nil {
+		return err
+	}
+	if err := c.check(); err != nil {
+		return err
+	}
+	policy, err := readPolicy(c.PolicyFile)
+	if err != nil {
+		return fmt.Errorf("BROKER_POLICY_FILE (--policy-file): %w", err)
+	}
+	tlsConfig, err := server.TLSFiles{Cert: c.TLSCertFile, Key: c.TLSKeyFile, ClientCA: c.TLSClientCAFile}.Config(log)
+	if err != nil {
+		return fmt.Errorf("BROKER_TLS_CERT_FILE, BROKER_TLS_KEY_FILE, BROKER_TLS_CLIENT_CA_FILE: %w", err)
+	}
+	log.Info("broker starts", buildAttrs()...)
+
+	store, err := c.openVault(log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, store.Close()) }()
+	logStore(log, store.Info())
+
+	heart := broker.New(broker.Config{Vault: store, Logger: log})
+	metrics := prometheus.NewRegistry()
+	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	face, err := server.New(server.Config{Broker: heart, Policy: policy, TLS: tlsConfig, Logger: log, Metrics: metrics})
+	if err != nil {
+		return err
+	}
+
+	grpcListener, err := net.Listen("tcp", c.ListenAddress)
+	if err != nil {
+		return fmt.Errorf("BROKER_LISTEN_ADDRESS (--listen-address): %w", err)
+	}
+	opsListener, err := net.Listen("tcp", c.MetricsAddress)
+	if err != nil {
+		return errors.Join(fmt.Errorf("BROKER_METRICS_ADDRESS (--metrics-address): %w", err), grpcListener.Close())
+	}
+	ops := newOperations(metrics, heart.Check)
+
+	group, groupCtx := errgroup.WithContext(ctx)
+	group.Go(func() error { return face.Serve(grpcListener) })
+	group.Go(func() error { return ops.serve(opsListener) })
+	group.Go(func() error {
+		<-groupCtx.Done() // a signal, or one of the two failed
+		log.Info("shutting down", "at_most", c.ShutdownTimeout)
+		ops.notReady()
+		bound, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.ShutdownTimeout)
+		defer cancel()
+		face.Shutdown(bound)
+		heart.Close(bound)
+		ops.close()
+		return nil
+	})
+	log.Info("listening", "grpc", grpcListener.Addr().String(), "metrics", opsListener.Addr().String())
+	listening(grpcListener.Addr())
+	err = group.Wait()
+	log.Info("broker stopped")
+	return err
+}
+
+// openVault opens the store that the settings name.
+func (c serveCommand) openVault(log *slog.Logger) (vault.Vault, error) {
+	switch c.SecretStoreProvider {
+	case "embedded":
+		if c.DataDir == "" {
+			return nil, errors.New("BROKER_DATA_DIR (--data-dir) is not set: set it to the folder of the embedded store")
+		}
+		return embedded.Open(embedded.Config{Dir: c.DataDir, KeyFile: c.EmbeddedKeyFile, Retention: c.EmbeddedRetention, Logger: log})
+	case "", "noop":
+		return noop.New(log), nil
+	}
+	return nil, errors.New("SECRET_STORE_PROVIDER (--secret-store-provider) is not one of the stores: set it to embedded or noop")
+}
+
+func logStore(log *slog.Logger, info vault.Info) {
+	if info.Discards {
+		log.Warn("secret store: "+info.Name, "means", "no secret is kept; set SECRET_STORE_PROVIDER to keep them")
+		return
+	}
+	log.Info("secret store: "+info.Name, info.Location)
+}
+
+// buildAttrs says which build this is.
+func buildAttrs() []any {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return nil
+	}
+	attrs := []any{"version", info.Main.Version, "go", info.GoVersion}
+	for _, s := range info.Settings {
+		if s.Key == "vcs.revision" {
+			attrs = append(attrs, "revision", s.Value)
+		}
+	}
+	return attrs
+}

@@ -1,0 +1,147 @@
+// Package broker is the heart: what each operation means for a secret in each
+// of its states, how a write happens once or is honestly unknown, and which
+// versions may still be read. It stands on a vault alone and knows neither the
+// wire nor who may call.
+//
+// All state that must outlive the process is in the vault, as tags on the
+// versions (tags.go). A broker can be killed between any two vault calls, and
+// the next operation on that secret, at this broker or another, goes on by the
+// rules that stand at Delete, Recover and Put.
+package broker
+
+import (
+	"context"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/exto/secrets-broker/secret"
+	"github.com/exto/secrets-broker/server/vault"
+)
+
+// carryOn bounds a write whose caller is gone.
+const carryOn = 5 * time.Minute
+
+// Config is what a Broker stands on.
+type Config struct {
+	// Vault keeps the secrets. Required. The caller closes it, after Close.
+	Vault vault.Vault
+	// Logger takes what no caller is told, such as tags that had to be dropped.
+	// Required.
+	Logger *slog.Logger
+	// Now is the wall clock; nil means time.Now.
+	Now func() time.Time
+}
+
+// Broker serves the secrets of a vault. All methods are safe for concurrent use.
+// Writes of one secret take turns; a write whose first effect was sent to the
+// vault goes on when its caller's context ends.
+//
+// Every error is an *Error; those of Put, Rotate, Delete and Recover say whether
+// the write happened.
+type Broker struct {
+	vault vault.Vault
+	log   *slog.Logger
+	now   func() time.Time
+	// epoch goes into each version. The broker is alone: it is the start in
+	// milliseconds, forced upward by any later one that is found in the vault.
+	epoch atomic.Int64
+	locks lockTable
+
+	mu sync.Mutex
+	// unsettled holds the highest generation among a secret's writes of unknown
+	// outcome: no later write takes it again.
+	unsettled map[secret.Key]int64
+	// hidden holds versions that are live in the vault only because a put over a
+	// secret that somebody else deleted had to recover it first.
+	hidden map[secret.Key]hiddenVersion
+
+	writes   sync.WaitGroup
+	closing  bool // under mu: no further write begins
+	stop     context.CancelFunc
+	stopped  context.Context
+	discards bool
+}
+
+type hiddenVersion struct {
+	version   string
+	created   time.Time
+	deletedAt time.Time
+}
+
+// New makes a Broker. It does not ask the vault anything.
+func New(cfg Config) *Broker {
+	b := &Broker{
+		vault:     cfg.Vault,
+		log:       cfg.Logger,
+		now:       cfg.Now,
+		unsettled: map[secret.Key]int64{},
+		hidden:    map[secret.Key]hiddenVersion{},
+		discards:  cfg.Vault.Info().Discards,
+	}
+	if b.now == nil {
+		b.now = time.Now
+	}
+	b.locks.held = map[secret.Key]*lock{}
+	b.epoch.Store(b.now().UnixMilli())
+	b.stopped, b.stop = context.WithCancel(context.Background())
+	return b
+}
+
+// Close refuses further writes and waits for those under way until ctx ends;
+// then it cuts them off, as a crash would, and waits for them to notice. Reads
+// are not stopped: their callers' contexts end them.
+func (b *Broker) Close(ctx context.Context) {
+	b.mu.Lock()
+	b.closing = true
+	b.mu.Unlock()
+	done := make(chan struct{})
+	go func() {
+		b.writes.Wait()
+		close(done)
+	}()
+	select {
+	case <-done:
+	case <-ctx.Done():
+		b.log.Warn("writes cut off by shutdown; a retry with the same request id tells what became of them")
+	}
+	b.stop()
+	<-done
+}
+
+// Check reports whether the vault can be used now.
+func (b *Broker) Check(ctx context.Context) error { return b.vault.Check(ctx) }
+
+// Call says on whose behalf an operation runs.
+type Call struct {
+	// Caller is the SPIFFE ID of the caller, at most 512 bytes.
+	Caller string
+	// AuditID is the id of this call in logs, errors and the vault.
+	AuditID string
+}
+
+// State says what can be done with a secret or a version.
+type State int
+
+// The states. Absent is the zero value and stands in no Metadata.
+const (
+	Absent State = iota
+	Active
+	Disabled
+	Deleted
+)
+
+// Metadata is what is known of a secret or of one of its versions besides the
+// value. Times that do not apply are zero.
+type Metadata struct {
+	Key        secret.Key
+	Version    string
+	Generation int64
+	State      State
+	CreatedBy  string
+	CreateTime time.Time
+	ExpireTime time.Time
+	DeleteTime time.Time
+	PurgeTime  time.Time
+}

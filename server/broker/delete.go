@@ -1,0 +1,250 @@
+package broker
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/exto/secrets-broker/secret"
+	"github.com/exto/secrets-broker/server/vault"
+)
+
+// DeleteRequest asks for a secret to be deleted.
+type DeleteRequest struct {
+	Key secret.Key
+	// MustMatchVersion, unless empty, deletes only while that version is current.
+	MustMatchVersion string
+	// AllowMissing makes it a success that there is nothing to delete.
+	AllowMissing bool
+	// RequestID makes a retry safe; empty: this call has no retry.
+	RequestID string
+}
+
+// Delete marks, then deletes. One Update disables the current version and writes
+// the mark: from then on the secret is Deleted to every caller, and the value
+// out of reach for those who read the vault directly. Then the vault's own
+// delete. Whoever has the next operation on a secret that is marked but live
+// goes on from there. The result is nil when there was nothing to delete.
+func (b *Broker) Delete(ctx context.Context, call Call, req DeleteRequest) (*Metadata, error) {
+	op := newOperation(call, req.Key, letterDelete, req.RequestID)
+	return do(b, ctx, op, func(ctx context.Context) (*Metadata, error) {
+		s, base, replay, err := b.prepare(ctx, op)
+		if err != nil {
+			return nil, err
+		}
+		if s.state == Deleted && s.live {
+			// A delete that did not come to its end, this one or an earlier one.
+			if err := b.finishDelete(ctx, op, s); err != nil {
+				if replay != nil {
+					err = withCommit(vaultError(ctx, op.key, err), secret.Applied)
+				}
+				return nil, err
+			}
+		}
+		if replay != nil {
+			return b.replayed(ctx, s, *replay)
+		}
+		if s.state == Absent && b.discards {
+			return b.discardDelete(ctx, op, s, req.MustMatchVersion)
+		}
+		if s.state == Absent || s.state == Deleted {
+			if !req.AllowMissing {
+				return nil, errNotFound(op.key)
+			}
+			if s.state == Absent {
+				return nil, nil
+			}
+			m := s.metadata(s.current)
+			return &m, nil
+		}
+		if err := s.matches(req.MustMatchVersion); err != nil {
+			return nil, err
+		}
+
+		now := b.now()
+		r := b.carried(s, base)
+		r.deleted = &mark{at: now, wasEnabled: s.state == Active, id: op.id}
+		r.endGrace(now)
+		if err := b.update(ctx, op, s, r, false, func(landed version) bool {
+			return landed.deleted != nil && landed.deleted.id == op.id
+		}); err != nil {
+			return nil, err
+		}
+		s.state, s.deletedAt = Deleted, now
+		if err := b.finishDelete(ctx, op, s); err != nil {
+			e := vaultError(ctx, op.key, err)
+			e.Message = "the secret is deleted for every caller of the broker, but the vault has yet to delete it: the same request ends that. " + e.Message
+			return nil, withCommit(e, secret.Applied)
+		}
+		m := s.metadata(s.current)
+		return &m, nil
+	})
+}
+
+// finishDelete deletes a marked or hidden name in the vault.
+func (b *Broker) finishDelete(ctx context.Context, op *operation, s *snapshot) error {
+	if err := op.effect(); err != nil {
+		return err
+	}
+	d, err := b.vault.Delete(ctx, op.key)
+	if err != nil && !errors.Is(err, vault.ErrNotFound) {
+		return err
+	}
+	b.unhide(op.key)
+	s.live = false
+	if err == nil {
+		s.deletedAt, s.purgeAt = d.DeletedAt, d.PurgeAt
+	}
+	return nil
+}
+
+// discardDelete is Delete in a vault that keeps nothing.
+func (b *Broker) discardDelete(ctx context.Context, op *operation, s *snapshot, mustMatch string) (*Metadata, error) {
+	if err := s.matches(mustMatch); err != nil {
+		return nil, err
+	}
+	d, err := b.vault.Delete(ctx, op.key)
+	if err != nil {
+		return nil, err
+	}
+	return &Metadata{Key: op.key, Version: d.Version, Generation: 1, State: Deleted, CreateTime: d.Created, DeleteTime: d.DeletedAt}, nil
+}
+
+// RecoverRequest asks for a deleted secret to be brought back.
+type RecoverRequest struct {
+	Key secret.Key
+	// RequestID makes a retry safe; empty: this call has no retry.
+	RequestID string
+}
+
+// Recover undoes a delete: first the vault's own recover, then one Update that
+// takes the mark away and restores what it says. Until that Update the secret
+// is still Deleted, unless somebody else deleted it and there is no mark.
+func (b *Broker) Recover(ctx context.Context, call Call, req RecoverRequest) (Metadata, error) {
+	op := newOperation(call, req.Key, letterRecover, req.RequestID)
+	return do(b, ctx, op, func(ctx context.Context) (Metadata, error) {
+		s, base, replay, err := b.prepare(ctx, op)
+		if err != nil {
+			return Metadata{}, err
+		}
+		if replay != nil {
+			m, err := b.replayed(ctx, s, *replay)
+			if err != nil {
+				return Metadata{}, err
+			}
+			return *m, nil
+		}
+		switch s.state {
+		case Absent:
+			return Metadata{}, errNotFound(op.key)
+		case Active, Disabled:
+			return Metadata{}, refuse(op.key, secret.SecretNotDeleted, "the secret is not deleted, so there is nothing to recover")
+		}
+		marked := s.current.marked()
+		if !s.live {
+			if err := op.effect(); err != nil {
+				return Metadata{}, err
+			}
+			if err := b.vault.Recover(ctx, op.key); err != nil {
+				if vault.IsUncertain(err) && !marked {
+					err = withCommit(vaultError(ctx, op.key, err), secret.Unknown)
+				}
+				return Metadata{}, err
+			}
+			s.live = true
+			if base, err = b.base(ctx, s); err != nil {
+				return Metadata{}, b.recovered(ctx, op, marked, err)
+			}
+		}
+		r := b.carried(s, base)
+		r.others = append([]done{{letterRecover, op.id, s.current.Version}}, s.deletesAndOthers(base)...)
+		r.others = r.others[:min(len(r.others), remembered)]
+		enabled := s.current.Enabled
+		if marked {
+			enabled = s.current.deleted.wasEnabled
+		}
+		r.deleted = nil
+		r.endGrace(b.now())
+		if err := b.update(ctx, op, s, r, enabled, func(landed version) bool {
+			return len(landed.others) > 0 && landed.others[0].id == op.id
+		}); err != nil {
+			return Metadata{}, b.recovered(ctx, op, marked, err)
+		}
+		b.unhide(op.key)
+		s.state, s.deletedAt, s.purgeAt = Active, time.Time{}, time.Time{}
+		return s.metadata(s.current), nil
+	})
+}
+
+// recovered says of a failure after the vault's recover whether the secret is
+// back: by the mark it is not; without one it is.
+func (b *Broker) recovered(ctx context.Context, op *operation, marked bool, err error) error {
+	if marked {
+		return err
+	}
+	return withCommit(vaultError(ctx, op.key, err), secret.Applied)
+}
+
+// carried is the record of the current version for an Update of it. Where the
+// version is not the broker's own, it takes over what must not be lost from the
+// last one that is.
+func (b *Broker) carried(s *snapshot, base version) record {
+	r := s.current.record
+	if base.Version != s.current.Version && len(r.others) == 0 {
+		r.others = s.history(base)
+		r.others = r.others[:min(len(r.others), remembered)]
+		r.first = base.first
+	}
+	return r
+}
+
+// deletesAndOthers is the history without the write that made the current
+// version, which has a tag of its own.
+func (s *snapshot) deletesAndOthers(base version) []done {
+	var h []done
+	for _, d := range s.history(base) {
+		if d.id != s.current.made.id {
+			h = append(h, d)
+		}
+	}
+	return h
+}
+
+// endGrace ends a grace that still runs.
+func (r *record) endGrace(now time.Time) {
+	if r.previous != "" && now.Before(r.graceEnd) {
+		r.graceEnd = now
+	}
+}
+
+// update writes r and enabled onto the current version of s, and settles an
+// unknown outcome by looking whether it landed.
+func (b *Broker) update(ctx context.Context, op *operation, s *snapshot, r record, enabled bool, landed func(version) bool) error {
+	if err := op.effect(); err != nil {
+		return err
+	}
+	props, err := b.vault.Update(ctx, op.key, s.current.Version, vault.Patch{Enabled: enabled, Tags: b.encode(r, s)})
+	if vault.IsUncertain(err) {
+		now, loadErr := b.load(ctx, op.key)
+		if loadErr != nil || !landed(now.current) {
+			return withCommit(vaultError(ctx, op.key, err), secret.Unknown)
+		}
+		props, err = now.current.Properties, nil
+	}
+	if err != nil {
+		return err
+	}
+	s.current = newVersion(props)
+	s.listed = nil
+	return nil
+}
+
+// replayed gives the result of a delete or recover that was done already.
+func (b *Broker) replayed(ctx context.Context, s *snapshot, d done) (*Metadata, error) {
+	v, err := b.redo(ctx, s, d, secret.Value{})
+	if err != nil {
+		return nil, err
+	}
+	m := s.metadata(v)
+	return &m, nil
+}

@@ -1,0 +1,262 @@
+package broker
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"slices"
+	"time"
+
+	"github.com/exto/secrets-broker/secret"
+	"github.com/exto/secrets-broker/server/vault"
+)
+
+// snapshot is a secret as the vault had it at one moment.
+type snapshot struct {
+	key   secret.Key
+	asOf  time.Time // when the first request was sent
+	state State
+	// live reports that the name is live in the vault. A secret can be Deleted
+	// and live: marked, or hidden by the broker.
+	live      bool
+	current   version // the newest version; zero when Absent
+	value     secret.Value
+	deletedAt time.Time
+	purgeAt   time.Time
+	// listed holds all versions, the current one first, then newest first; nil
+	// until they were needed.
+	listed []version
+}
+
+// version is a version with what its tags say.
+type version struct {
+	vault.Properties
+	record
+}
+
+func newVersion(p vault.Properties) version { return version{p, parseTags(p.Tags)} }
+
+// load reads a secret. It asks for the value, then for what is left of a deleted
+// name, and lists the versions where the vault shows no tags: of a disabled
+// version.
+func (b *Broker) load(ctx context.Context, key secret.Key) (*snapshot, error) {
+	s := &snapshot{key: key, asOf: b.now()}
+	props, value, err := b.vault.Get(ctx, key, "")
+	switch {
+	case err == nil:
+		s.live, s.current, s.value, s.state = true, newVersion(props), value, Active
+	case errors.Is(err, vault.ErrDisabled):
+		s.live = true
+		if err := b.list(ctx, s); err != nil {
+			return nil, err
+		}
+		s.state = Disabled
+		if m := s.current.deleted; m != nil {
+			s.state, s.deletedAt = Deleted, m.at
+		}
+	case errors.Is(err, vault.ErrNotFound):
+		d, err := b.vault.GetDeleted(ctx, key)
+		if errors.Is(err, vault.ErrNotFound) {
+			b.forget(key)
+			return s, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+		s.state, s.current, s.deletedAt, s.purgeAt = Deleted, newVersion(d.Properties), d.DeletedAt, d.PurgeAt
+	default:
+		return nil, err
+	}
+	if s.live {
+		if at, ok := b.isHidden(s.current.Properties); ok {
+			s.state, s.deletedAt, s.value = Deleted, at, secret.Value{}
+		}
+	}
+	if s.current.key != "" && s.current.key != key.String() {
+		return nil, refuse(key, secret.KeyMismatch, "the vault's tag on this secret names another key; it was copied by hand, and has to be set anew or its tags removed")
+	}
+	return s, nil
+}
+
+// list reads all versions into s, once.
+func (b *Broker) list(ctx context.Context, s *snapshot) error {
+	if s.listed != nil {
+		return nil
+	}
+	all, err := b.vault.Versions(ctx, s.key)
+	if err != nil {
+		return err
+	}
+	for _, p := range all {
+		s.listed = append(s.listed, newVersion(p))
+	}
+	slices.SortStableFunc(s.listed, func(x, y version) int {
+		return cmp.Or(y.Created.Compare(x.Created), cmp.Compare(y.epoch, x.epoch), cmp.Compare(y.generation, x.generation))
+	})
+	// The vault counts whole seconds, so the order cannot always tell which one is
+	// current: the Get did, or that it was disabled did.
+	at := slices.IndexFunc(s.listed, func(v version) bool {
+		if s.current.Version == "" {
+			return !v.Enabled
+		}
+		return v.Version == s.current.Version
+	})
+	if at < 0 {
+		return vault.ErrNotFound // changed between the two requests
+	}
+	if s.current.Version == "" {
+		s.current = s.listed[at]
+	}
+	s.listed = slices.Concat([]version{s.listed[at]}, s.listed[:at], s.listed[at+1:])
+	return nil
+}
+
+// base is the version on which the next write counts on: the current one, or
+// where that was not written by the broker the greatest of the broker's own. It
+// lists the versions only then. The zero version when there is none.
+func (b *Broker) base(ctx context.Context, s *snapshot) (version, error) {
+	if s.current.generation > 0 || !s.live {
+		return s.current, nil
+	}
+	if err := b.list(ctx, s); err != nil {
+		return version{}, err
+	}
+	base := s.current
+	for _, v := range s.listed {
+		if v.later(base.record) {
+			base = v
+		}
+	}
+	return base, nil
+}
+
+// find is the version with this id. It lists the versions when it is not the
+// current one.
+func (b *Broker) find(ctx context.Context, s *snapshot, id string) (version, bool, error) {
+	if id == s.current.Version {
+		return s.current, true, nil
+	}
+	if !s.live {
+		return version{}, false, nil
+	}
+	if err := b.list(ctx, s); err != nil {
+		return version{}, false, err
+	}
+	if at := slices.IndexFunc(s.listed, func(v version) bool { return v.Version == id }); at >= 0 {
+		return s.listed[at], true, nil
+	}
+	return version{}, false, nil
+}
+
+// expiry is when a version stops being honoured: zero unless a rotate replaced
+// it. Only the version that the last rotate replaced can be in grace, so that
+// whatever came after that rotate ended it. s must be listed, unless v is the
+// current version, which has no expiry.
+func (s *snapshot) expiry(v version) time.Time {
+	for i, by := range s.listed {
+		if by.previous != v.Version {
+			continue
+		}
+		end := by.graceEnd
+		if i > 0 {
+			// The one that replaced by stands before it.
+			if next := s.listed[i-1].Created; next.Before(end) {
+				end = next
+			}
+		}
+		return end
+	}
+	return time.Time{}
+}
+
+// served reports whether v is not from before a delete that a put overwrote. s
+// must be listed, unless v is the current version.
+func (s *snapshot) served(v version) bool {
+	if v.Version == s.current.Version {
+		return true
+	}
+	var newest version // of the broker's own: it bears the bound
+	for _, l := range s.listed {
+		if l.generation > 0 && l.later(newest.record) {
+			newest = l
+		}
+	}
+	if newest.first == 0 {
+		return true
+	}
+	if v.generation > 0 {
+		return v.generation >= newest.first
+	}
+	// The vault counts whole seconds; in doubt the value is not shown.
+	for _, l := range s.listed {
+		if l.generation == newest.first {
+			return v.Created.After(l.Created)
+		}
+	}
+	return false
+}
+
+// metadata is what is known of v as it stands in s.
+func (s *snapshot) metadata(v version) Metadata {
+	m := Metadata{
+		Key:        s.key,
+		Version:    v.Version,
+		Generation: v.generation,
+		State:      Active,
+		CreatedBy:  v.createdBy,
+		CreateTime: v.Created,
+	}
+	if !v.Enabled {
+		m.State = Disabled
+	}
+	if s.state == Deleted {
+		m.State, m.DeleteTime, m.PurgeTime = Deleted, s.deletedAt, s.purgeAt
+	}
+	if v.Version != s.current.Version {
+		m.ExpireTime = s.expiry(v)
+	}
+	return m
+}
+
+// marked reports whether the broker's own delete keeps this version from being
+// read.
+func (v version) marked() bool { return v.deleted != nil && !v.Enabled }
+
+// hide keeps a version from being served that is about to be live in the vault.
+func (b *Broker) hide(s *snapshot) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.hidden[s.key] = hiddenVersion{s.current.Version, s.current.Created, s.deletedAt}
+}
+
+func (b *Broker) unhide(key secret.Key) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	delete(b.hidden, key)
+}
+
+// isHidden reports whether this version is hidden, and when the secret was
+// deleted. In lists of names versions have no id; there the time of creation
+// tells.
+func (b *Broker) isHidden(p vault.Properties) (time.Time, bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	h, ok := b.hidden[p.Key]
+	return h.deletedAt, ok && (h.version == p.Version || p.Version == "" && h.created.Equal(p.Created))
+}
+
+// remember keeps a write of unknown outcome from sharing its generation.
+func (b *Broker) remember(key secret.Key, generation int64) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.unsettled[key] = max(b.unsettled[key], generation)
+}
+
+// forget drops what is remembered of a name that is absent: whoever comes next
+// is a new secret.
+func (b *Broker) forget(key secret.Key) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	delete(b.unsettled, key)
+	delete(b.hidden, key)
+}

@@ -1,0 +1,364 @@
+package broker
+
+import (
+	"context"
+	"fmt"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+
+	"github.com/google/uuid"
+
+	"github.com/exto/secrets-broker/secret"
+	"github.com/exto/secrets-broker/server/vault"
+)
+
+// operation is one write on its way.
+type operation struct {
+	Call
+	key    secret.Key
+	letter byte
+	id     string // the caller's request id, or one made here
+	asked  bool   // the caller gave the id, so it may have been done before
+	phase  atomic.Int32
+}
+
+// Phases of an operation. It leaves pending once, for one of the others.
+const (
+	pending   = iota // nothing was sent: the caller's end ends it
+	started          // its first effect was sent: it is carried on
+	abandoned        // the caller left before that: nothing will be sent
+)
+
+func newOperation(call Call, key secret.Key, letter byte, requestID string) *operation {
+	op := &operation{Call: call, key: key, letter: letter, id: requestID, asked: requestID != ""}
+	if !op.asked {
+		op.id = uuid.NewString()
+	}
+	return op
+}
+
+// effect is called before anything is sent that changes the vault. It fails when
+// the caller is gone already; from its success on, the operation is carried on.
+func (op *operation) effect() error {
+	if op.phase.CompareAndSwap(pending, started) || op.phase.Load() == started {
+		return nil
+	}
+	return context.Canceled
+}
+
+// do runs a write: one at a time per secret, to its end once it has had an
+// effect, and with a commit state on every error. work gets a context of its
+// own, which outlives the caller's by up to carryOn once work called effect.
+func do[R any](b *Broker, ctx context.Context, op *operation, work func(context.Context) (R, error)) (R, error) {
+	var none R
+	b.mu.Lock()
+	if b.closing {
+		b.mu.Unlock()
+		return none, withCommit(refuse(op.key, secret.ShuttingDown, "this broker is shutting down; try again, at another one if there is one"), secret.NotApplied)
+	}
+	b.writes.Add(1)
+	b.mu.Unlock()
+
+	unlock, sameID := b.locks.lock(ctx, op.key, op.id)
+	if unlock == nil {
+		b.writes.Done()
+		err := contextError(ctx, op.key)
+		if sameID {
+			err.Message += "; the same request is under way and may succeed"
+			return none, withCommit(err, secret.Unknown)
+		}
+		err.Message += "; another write of this secret is under way"
+		return none, withCommit(err, secret.NotApplied)
+	}
+
+	workCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), carryOn)
+	leave := context.AfterFunc(ctx, func() {
+		if op.phase.CompareAndSwap(pending, abandoned) {
+			cancel()
+		}
+	})
+	cut := context.AfterFunc(b.stopped, cancel)
+	type outcome struct {
+		result R
+		err    error
+	}
+	ended := make(chan outcome, 1)
+	go func() {
+		var o outcome
+		defer func() {
+			if p := recover(); p != nil {
+				b.log.Error("panic in a write", "audit_id", op.AuditID, "panic", fmt.Sprintf("%T", p), "stack", string(debug.Stack()))
+				o.err = refuse(op.key, secret.Defect, "the broker failed")
+				if op.phase.Load() == started {
+					withCommit(o.err, secret.Unknown)
+				}
+			}
+			if o.err != nil {
+				if workCtx.Err() != nil && ctx.Err() == nil && b.stopped.Err() != nil {
+					// Cut off by shutdown rather than by the caller or the vault.
+					o.err = shutdownError(op, o.err)
+				}
+				o.err = withCommit(vaultError(ctx, op.key, o.err), secret.NotApplied)
+			}
+			leave()
+			cut()
+			cancel()
+			unlock()
+			b.writes.Done()
+			ended <- o
+		}()
+		o.result, o.err = work(workCtx)
+	}()
+
+	select {
+	case o := <-ended:
+		return o.result, o.err
+	case <-ctx.Done():
+	}
+	select {
+	case o := <-ended:
+		return o.result, o.err
+	default:
+	}
+	err := contextError(ctx, op.key)
+	if op.phase.CompareAndSwap(pending, abandoned) || op.phase.Load() == abandoned {
+		return none, withCommit(err, secret.NotApplied)
+	}
+	err.Message += "; the broker carries the write on, and the same request id tells its outcome"
+	return none, withCommit(err, secret.Unknown)
+}
+
+// shutdownError keeps the commit state of a write that shutdown cut off.
+func shutdownError(op *operation, err error) error {
+	e := refuse(op.key, secret.ShuttingDown, "this broker shut down during the write; the same request id tells its outcome, at another broker or after the restart")
+	e.Commit, e.cause = vaultError(context.Background(), op.key, err).Commit, err
+	return e
+}
+
+// prepare loads the secret for a write, refuses what a newer release wrote, and
+// finds the operation among those that were done already, by the caller's
+// request id: then replay is not nil.
+func (b *Broker) prepare(ctx context.Context, op *operation) (s *snapshot, base version, replay *done, err error) {
+	if s, err = b.load(ctx, op.key); err != nil {
+		return nil, version{}, nil, err
+	}
+	if base, err = b.base(ctx, s); err != nil {
+		return nil, version{}, nil, err
+	}
+	if max(s.current.format, base.format) > currentFormat {
+		return nil, version{}, nil, refuse(op.key, secret.KeyMismatch, "a newer release wrote this secret in a format that this one cannot write; upgrade the broker")
+	}
+	for own := b.epoch.Load(); base.epoch > own; own = b.epoch.Load() {
+		b.epoch.CompareAndSwap(own, base.epoch+1)
+	}
+	if op.asked {
+		for _, d := range s.history(base) {
+			if d.id == op.id {
+				if d.letter != op.letter {
+					return nil, version{}, nil, errRequestIDReused(op.key)
+				}
+				return s, base, &d, nil
+			}
+		}
+	}
+	return s, base, nil, nil
+}
+
+func errRequestIDReused(key secret.Key) error {
+	e := refuse(key, secret.RequestIDReused, "this request_id was used for another request on this secret; make a new UUID for each new request")
+	e.Field = "request_id"
+	return e
+}
+
+// history is what is remembered of the operations on the secret: what the
+// current version says, or where that is not the broker's, what the last one of
+// the broker's own says, with the deletes and recovers of the current one.
+func (s *snapshot) history(base version) []done {
+	if base.Version == s.current.Version || len(s.current.others) > 0 {
+		return s.current.history(s.current.Version)
+	}
+	h := append(s.current.history(s.current.Version), base.history(base.Version)...)
+	return h[:min(len(h), remembered+1)]
+}
+
+// store writes a new version on top of s: that of a put or a rotate. previous
+// and its grace are set by a rotate that replaces something.
+func (b *Broker) store(ctx context.Context, op *operation, s *snapshot, base version, value secret.Value, r record) (*snapshot, error) {
+	over := s.state == Deleted
+	recovered := false
+	if over && !s.live {
+		if err := op.effect(); err != nil {
+			return nil, err
+		}
+		if !s.current.marked() {
+			// Deleted by somebody else: once recovered it is live, and nothing but the
+			// broker's memory keeps it from being read.
+			b.hide(s)
+		}
+		if err := b.vault.Recover(ctx, op.key); err != nil {
+			return nil, err
+		}
+		s.live, recovered = true, !s.current.marked()
+		var err error
+		if base, err = b.base(ctx, s); err != nil {
+			return nil, b.deleteAgain(ctx, op, recovered, err)
+		}
+	}
+
+	highest := max(base.generation, b.highestUnsettled(op.key))
+	r.generation, r.createdBy = highest+1, op.Caller
+	r.epoch, r.auditID = b.epoch.Load(), op.AuditID
+	r.made = done{letter: op.letter, id: op.id}
+	r.others = s.history(base)
+	r.others = r.others[:min(len(r.others), remembered)]
+	r.first = base.first
+	if over {
+		r.first = r.generation
+	}
+	v := vault.NewVersion{Value: value, ContentType: s.current.ContentType, Tags: b.encode(r, s)}
+	if err := op.effect(); err != nil {
+		return nil, b.deleteAgain(ctx, op, recovered, err)
+	}
+	props, err := b.vault.Set(ctx, op.key, v)
+	if vault.IsUncertain(err) {
+		if found, ok := b.landed(ctx, op); ok {
+			props, err = found, nil
+		} else {
+			b.remember(op.key, r.generation)
+			return nil, withCommit(vaultError(ctx, op.key, err), secret.Unknown)
+		}
+	}
+	if err != nil {
+		return nil, b.deleteAgain(ctx, op, recovered, err)
+	}
+	b.forget(op.key)
+	return &snapshot{key: op.key, state: Active, live: true, current: newVersion(props)}, nil
+}
+
+// deleteAgain undoes the recover of a secret that somebody else had deleted,
+// when the put over it failed. Should that fail too, the version stays hidden
+// until the next write of the secret.
+func (b *Broker) deleteAgain(ctx context.Context, op *operation, recovered bool, cause error) error {
+	if !recovered {
+		return cause
+	}
+	if _, err := b.vault.Delete(ctx, op.key); err != nil {
+		b.log.Error("a deleted secret is live in the vault after a failed put over it; the broker does not serve it, but who reads the vault directly can: put or delete it again",
+			"key", op.key.String(), "audit_id", op.AuditID, "error", err)
+		return cause
+	}
+	b.unhide(op.key)
+	return cause
+}
+
+// landed looks whether the version of a write of unknown outcome is there.
+func (b *Broker) landed(ctx context.Context, op *operation) (vault.Properties, bool) {
+	props, _, err := b.vault.Get(ctx, op.key, "")
+	if err != nil {
+		return vault.Properties{}, false
+	}
+	return props, parseTags(props.Tags).made == done{letter: op.letter, id: op.id}
+}
+
+func (b *Broker) highestUnsettled(key secret.Key) int64 {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.unsettled[key]
+}
+
+// encode writes r into tags, beside those that others put on the current version.
+func (b *Broker) encode(r record, s *snapshot) vault.Tags {
+	tags, dropped := r.tags(s.key, s.current.Tags)
+	if len(dropped) > 0 {
+		b.log.Warn("tags of others were not carried over: a version bears at most 15", "key", s.key.String(), "tags", dropped)
+	}
+	return tags
+}
+
+// redo gives the result of a put or rotate that was done already: the metadata
+// of its version as it stands now.
+func (b *Broker) redo(ctx context.Context, s *snapshot, d done, value secret.Value) (version, error) {
+	v, ok, err := b.find(ctx, s, d.version)
+	if err != nil {
+		return version{}, withCommit(vaultError(ctx, s.key, err), secret.Applied)
+	}
+	if !ok {
+		// Of a deleted secret the vault shows the newest version alone.
+		v.Key, v.Version = s.key, d.version
+	}
+	if value.IsEmpty() || s.state == Deleted || !v.Enabled {
+		return v, nil // there is nothing to compare, or the vault no longer gives it
+	}
+	stored := s.value
+	if v.Version != s.current.Version {
+		if _, stored, err = b.vault.Get(ctx, s.key, v.Version); err != nil {
+			return version{}, withCommit(vaultError(ctx, s.key, err), secret.Applied)
+		}
+	}
+	if !stored.Equal(value) {
+		return version{}, errRequestIDReused(s.key)
+	}
+	return v, nil
+}
+
+// matches judges must_match_version against the current version.
+func (s *snapshot) matches(mustMatch string) error {
+	if mustMatch == "" || s.state != Absent && s.state != Deleted && mustMatch == s.current.Version {
+		return nil
+	}
+	return refuse(s.key, secret.VersionMismatch, "the current version is not the one that must_match_version names; read the secret again and decide anew")
+}
+
+func errDisabled(key secret.Key) error {
+	return refuse(key, secret.SecretDisabled, "somebody disabled this secret in the vault; have it enabled there, or name the disabled version in must_match_version to overwrite it")
+}
+
+// lockTable lets one operation at a time work on a secret. Its zero held is not
+// usable.
+type lockTable struct {
+	mu   sync.Mutex
+	held map[secret.Key]*lock
+}
+
+type lock struct {
+	turn  chan struct{}
+	users int    // holder and waiters
+	id    string // of the holder's operation
+}
+
+// lock waits its turn on key, in order of arrival, until ctx ends: then unlock is
+// nil, and sameID reports whether the holder is an operation with this very id.
+func (t *lockTable) lock(ctx context.Context, key secret.Key, id string) (unlock func(), sameID bool) {
+	t.mu.Lock()
+	l := t.held[key]
+	if l == nil {
+		l = &lock{turn: make(chan struct{}, 1)}
+		t.held[key] = l
+	}
+	l.users++
+	t.mu.Unlock()
+	leave := func() {
+		if l.users--; l.users == 0 {
+			delete(t.held, key)
+		}
+	}
+	select {
+	case l.turn <- struct{}{}:
+		t.mu.Lock()
+		l.id = id
+		t.mu.Unlock()
+		return func() {
+			t.mu.Lock()
+			l.id = ""
+			leave()
+			t.mu.Unlock()
+			<-l.turn
+		}, false
+	case <-ctx.Done():
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		leave()
+		return nil, l.id == id
+	}
+}

@@ -1,0 +1,132 @@
+package server
+
+import (
+	"context"
+	"crypto/x509"
+	"log/slog"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc/credentials"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/peer"
+
+	secretsv1 "github.com/exto/secrets-broker/gen/exto/secrets/v1"
+	"github.com/exto/secrets-broker/secret"
+	"github.com/exto/secrets-broker/server/authz"
+	"github.com/exto/secrets-broker/server/broker"
+)
+
+// method is what the gate knows of an RPC.
+type method struct {
+	permission authz.Permission
+	write      bool
+}
+
+// methods has every RPC of the broker's service. What is missing here is refused
+// to everybody.
+var methods = map[string]method{
+	secretsv1.SecretsBrokerService_PutSecret_FullMethodName:      {authz.Put, true},
+	secretsv1.SecretsBrokerService_GetSecret_FullMethodName:      {authz.Get, false},
+	secretsv1.SecretsBrokerService_RotateSecret_FullMethodName:   {authz.Rotate, true},
+	secretsv1.SecretsBrokerService_DeleteSecret_FullMethodName:   {authz.Delete, true},
+	secretsv1.SecretsBrokerService_RecoverSecret_FullMethodName:  {authz.Recover, true},
+	secretsv1.SecretsBrokerService_DescribeSecret_FullMethodName: {authz.Describe, false},
+	secretsv1.SecretsBrokerService_ListSecrets_FullMethodName:    {authz.List, false},
+}
+
+// gate is the one place that decides who may do what. It judges in this order:
+// is the caller known, has any rule of it this permission (admit, before the
+// request is looked at), and once the request is parsed, does a rule allow this
+// secret (allow, allowInstance).
+type gate struct {
+	policy *authz.Policy
+	now    func() time.Time
+	log    *slog.Logger
+}
+
+// identity is who a certificate says that the caller is.
+type identity struct {
+	id      spiffeid.ID
+	expires time.Time
+	problem error // why there is no id
+}
+
+// name is the SPIFFE ID, or why there is none, for the log.
+func (i identity) name() string {
+	if i.problem != nil {
+		return "unknown: " + i.problem.Error()
+	}
+	return i.id.String()
+}
+
+// identify reads the certificate that the handshake verified.
+func (g *gate) identify(ctx context.Context) identity {
+	leaf := leafOf(ctx)
+	if leaf == nil {
+		return identity{problem: errNoCertificate}
+	}
+	id, err := authz.CallerFromCertificate(leaf)
+	return identity{id: id, expires: leaf.NotAfter, problem: err}
+}
+
+func leafOf(ctx context.Context) *x509.Certificate {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return nil
+	}
+	info, ok := p.AuthInfo.(credentials.TLSInfo)
+	if !ok || len(info.State.PeerCertificates) == 0 {
+		return nil
+	}
+	return info.State.PeerCertificates[0]
+}
+
+// admit judges a call before its request is looked at.
+func (g *gate) admit(c *call, fullMethod string) error {
+	if strings.HasPrefix(fullMethod, "/"+healthpb.Health_ServiceDesc.ServiceName+"/") {
+		return nil // the handshake asked for a certificate; no rule is needed
+	}
+	// A connection outlives the handshake that checked the certificate by days.
+	if c.caller.problem != nil || !g.policy.Knows(c.caller.id) || g.now().After(c.caller.expires) {
+		return &broker.Error{Reason: secret.CallerUnknown, Message: "the policy knows no caller by this certificate: it needs exactly one URI SAN, the SPIFFE ID of an identity in the policy, and to be unexpired"}
+	}
+	permission := methods[fullMethod].permission
+	if strings.HasPrefix(fullMethod, "/grpc.reflection.") || strings.HasPrefix(fullMethod, "/grpc.channelz.") {
+		permission = authz.Debug
+	}
+	if permission == "" || !g.policy.Permits(c.caller.id, permission) {
+		return errNotAllowed()
+	}
+	return nil
+}
+
+// allow judges a call of this method for one secret.
+func (g *gate) allow(ctx context.Context, p authz.Permission, key secret.Key) error {
+	if !g.policy.Allows(callFrom(ctx).caller.id, p, key) {
+		return errNotAllowed()
+	}
+	return nil
+}
+
+// allowInstance judges a call for whatever secrets of one instance.
+func (g *gate) allowInstance(ctx context.Context, p authz.Permission, id secret.InstanceID) error {
+	if !g.policy.AllowsInstance(callFrom(ctx).caller.id, p, id) {
+		return errNotAllowed()
+	}
+	return nil
+}
+
+// errNotAllowed is the same for secrets that exist and for those that don't, and
+// names nobody who would have been allowed.
+func errNotAllowed() error {
+	return &broker.Error{Reason: secret.CallerNotAllowed, Message: "no rule of the policy allows this caller this call; ask the broker's operator for one"}
+}
+
+// visible gives the judgement of single secrets for a list, in which what is not
+// allowed is left out.
+func (g *gate) visible(ctx context.Context, p authz.Permission) func(secret.Key) bool {
+	caller := callFrom(ctx).caller.id
+	return func(key secret.Key) bool { return g.policy.Allows(caller, p, key) }
+}

@@ -1,0 +1,149 @@
+package server
+
+import (
+	"context"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	secretsv1 "github.com/exto/secrets-broker/gen/exto/secrets/v1"
+	"github.com/exto/secrets-broker/server/authz"
+	"github.com/exto/secrets-broker/server/broker"
+)
+
+// service has one handler per RPC: parse, ask the gate, ask the broker, answer.
+type service struct {
+	secretsv1.UnsafeSecretsBrokerServiceServer
+	broker *broker.Broker
+	gate   *gate
+}
+
+var _ secretsv1.SecretsBrokerServiceServer = (*service)(nil)
+
+func (s *service) PutSecret(ctx context.Context, in *secretsv1.PutSecretRequest) (*secretsv1.PutSecretResponse, error) {
+	req, err := parsePut(in)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.gate.allow(ctx, authz.Put, req.Key); err != nil {
+		return nil, err
+	}
+	result, err := s.broker.Put(ctx, callFrom(ctx).broker(), req)
+	if err != nil {
+		return nil, err
+	}
+	return &secretsv1.PutSecretResponse{Metadata: metadata(result.Metadata), Unchanged: result.Unchanged}, nil
+}
+
+func (s *service) GetSecret(ctx context.Context, in *secretsv1.GetSecretRequest) (*secretsv1.GetSecretResponse, error) {
+	req, err := parseGet(in)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.gate.allow(ctx, authz.Get, req.Key); err != nil {
+		return nil, err
+	}
+	result, err := s.broker.Get(ctx, req)
+	if err != nil {
+		return nil, err
+	}
+	return &secretsv1.GetSecretResponse{
+		Metadata:    metadata(result.Metadata),
+		Value:       result.Value.Reveal(),
+		NotModified: result.NotModified,
+		Freshness:   &secretsv1.Freshness{AsOf: timestamppb.New(result.AsOf), Source: secretsv1.FreshnessSource_FRESHNESS_SOURCE_LIVE},
+	}, nil
+}
+
+func (s *service) RotateSecret(ctx context.Context, in *secretsv1.RotateSecretRequest) (*secretsv1.RotateSecretResponse, error) {
+	req, err := parseRotate(in)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.gate.allow(ctx, authz.Rotate, req.Key); err != nil {
+		return nil, err
+	}
+	result, err := s.broker.Rotate(ctx, callFrom(ctx).broker(), req)
+	if err != nil {
+		return nil, err
+	}
+	out := &secretsv1.RotateSecretResponse{Metadata: metadata(result.Metadata), Value: result.Token.Reveal()}
+	if result.Previous != nil {
+		out.Previous = metadata(*result.Previous)
+	}
+	return out, nil
+}
+
+func (s *service) DeleteSecret(ctx context.Context, in *secretsv1.DeleteSecretRequest) (*secretsv1.DeleteSecretResponse, error) {
+	req, err := parseDelete(in)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.gate.allow(ctx, authz.Delete, req.Key); err != nil {
+		return nil, err
+	}
+	result, err := s.broker.Delete(ctx, callFrom(ctx).broker(), req)
+	if err != nil {
+		return nil, err
+	}
+	out := &secretsv1.DeleteSecretResponse{}
+	if result != nil {
+		out.Metadata = metadata(*result)
+	}
+	return out, nil
+}
+
+func (s *service) RecoverSecret(ctx context.Context, in *secretsv1.RecoverSecretRequest) (*secretsv1.RecoverSecretResponse, error) {
+	req, err := parseRecover(in)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.gate.allow(ctx, authz.Recover, req.Key); err != nil {
+		return nil, err
+	}
+	result, err := s.broker.Recover(ctx, callFrom(ctx).broker(), req)
+	if err != nil {
+		return nil, err
+	}
+	return &secretsv1.RecoverSecretResponse{Metadata: metadata(result)}, nil
+}
+
+func (s *service) DescribeSecret(ctx context.Context, in *secretsv1.DescribeSecretRequest) (*secretsv1.DescribeSecretResponse, error) {
+	key, err := parseRef(in.GetRef())
+	if err != nil {
+		return nil, err
+	}
+	if err := s.gate.allow(ctx, authz.Describe, key); err != nil {
+		return nil, err
+	}
+	result, err := s.broker.Describe(ctx, key)
+	if err != nil {
+		return nil, err
+	}
+	out := &secretsv1.DescribeSecretResponse{Metadata: metadata(result.Metadata), RedactedValue: result.Redacted}
+	for _, v := range result.Versions {
+		out.Versions = append(out.Versions, metadata(v))
+	}
+	return out, nil
+}
+
+func (s *service) ListSecrets(ctx context.Context, in *secretsv1.ListSecretsRequest) (*secretsv1.ListSecretsResponse, error) {
+	req, err := parseList(in)
+	if err != nil {
+		return nil, err
+	}
+	if in.GetInstanceId() != "" {
+		if err := s.gate.allowInstance(ctx, authz.List, req.Instance); err != nil {
+			return nil, err
+		}
+	}
+	req.Visible = s.gate.visible(ctx, authz.List)
+	result, err := s.broker.List(ctx, req)
+	if err != nil {
+		return nil, err
+	}
+	out := &secretsv1.ListSecretsResponse{NextPageToken: result.NextToken}
+	for _, m := range result.Secrets {
+		out.Secrets = append(out.Secrets, metadata(m))
+	}
+	return out, nil
+}

@@ -1,0 +1,317 @@
+package server_test
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"log/slog"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/goleak"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/status"
+
+	secretsv1 "github.com/exto/secrets-broker/gen/exto/secrets/v1"
+	"github.com/exto/secrets-broker/internal/pki"
+	"github.com/exto/secrets-broker/secret"
+	"github.com/exto/secrets-broker/server"
+	"github.com/exto/secrets-broker/server/authz"
+	"github.com/exto/secrets-broker/server/broker"
+	"github.com/exto/secrets-broker/server/vault"
+	"github.com/exto/secrets-broker/server/vault/embedded"
+	"github.com/exto/secrets-broker/server/vault/vaulttest"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+const policy = `
+trust_domain: console.exto
+rules:
+  - identity: spiffe://console.exto/console-api
+    allow: [put, get, rotate, delete, recover, verify, describe, list, watch]
+  - identity: spiffe://console.exto/worker
+    allow: [put, get, rotate, delete, recover, describe, list, watch]
+  - identity: spiffe://console.exto/instance/{instance_id}
+    allow: [get, watch]
+    instances: ["{instance_id}"]
+  - identity: spiffe://console.exto/operator
+    allow: [describe, list, watch, debug]
+`
+
+// Names of callers in policy.
+const (
+	consoleAPI = "console-api"
+	worker     = "worker"
+	operator   = "operator"
+)
+
+// clock is the time of a test: it moves when the test says so.
+type clock struct {
+	mu  sync.Mutex
+	now time.Time
+}
+
+func (c *clock) Now() time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.now
+}
+
+func (c *clock) advance(d time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.now = c.now.Add(d)
+}
+
+// logBuffer is a log that tests can read.
+type logBuffer struct {
+	mu sync.Mutex
+	b  strings.Builder
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+// system is a vault with a broker before it, on a real listener with real
+// certificates.
+type system struct {
+	t      *testing.T
+	dir    string
+	clock  *clock
+	ca     pki.Pair
+	policy string
+	log    *logBuffer
+	// store is the vault itself, as somebody outside the broker uses it; vault is
+	// what the broker sees, whose calls can be made to fail.
+	store vault.Vault
+	vault *vaulttest.Faulty
+	addr  string
+	// stop ends broker and server, but not the store.
+	stop func()
+}
+
+// startSystem runs a broker on an embedded store of its own.
+func startSystem(t *testing.T) *system {
+	t.Helper()
+	s := newSystem(t)
+	store, err := embedded.Open(embedded.Config{Dir: filepath.Join(s.dir, "data"), Now: s.clock.Now, Logger: s.logger()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.startOn(store)
+	return s
+}
+
+func newSystem(t *testing.T) *system {
+	t.Helper()
+	s := &system{t: t, dir: t.TempDir(), clock: &clock{now: time.Now().UTC().Truncate(time.Second)}, policy: policy, log: &logBuffer{}}
+	var err error
+	if s.ca, err = pki.NewCA("test CA", time.Now(), time.Hour); err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func (s *system) logger() *slog.Logger {
+	return slog.New(slog.NewTextHandler(s.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
+}
+
+// startOn runs a broker on store, which is closed with the test.
+func (s *system) startOn(store vault.Vault) {
+	s.t.Helper()
+	s.store = store
+	s.t.Cleanup(func() {
+		if err := store.Close(); err != nil {
+			s.t.Errorf("closing the store: %v", err)
+		}
+	})
+	s.restart()
+}
+
+// restart runs another broker on the same store, as after the death of the one
+// before, which gets no chance to end anything.
+func (s *system) restart() {
+	s.t.Helper()
+	s.vault = vaulttest.NewFaulty(s.store)
+	policy, err := authz.ParsePolicy([]byte(s.policy))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	cert := s.issue("server", x509.Certificate{IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}}, time.Hour)
+	files := server.TLSFiles{Cert: s.write("server.pem", cert.CertPEM()), Key: s.write("server-key.pem", s.keyPEM(cert)), ClientCA: s.write("ca.pem", s.ca.CertPEM())}
+	tlsConfig, err := files.Config(s.logger())
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	heart := broker.New(broker.Config{Vault: s.vault, Logger: s.logger(), Now: s.clock.Now})
+	face, err := server.New(server.Config{Broker: heart, Policy: policy, TLS: tlsConfig, Logger: s.logger(), Metrics: prometheus.NewRegistry()})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.addr = listener.Addr().String()
+	served := make(chan error, 1)
+	go func() { served <- face.Serve(listener) }()
+	s.stop = sync.OnceFunc(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		defer cancel()
+		face.Shutdown(ctx)
+		heart.Close(ctx)
+		if err := <-served; err != nil {
+			s.t.Errorf("Serve: %v", err)
+		}
+	})
+	s.t.Cleanup(s.stop)
+}
+
+func (s *system) write(name string, content []byte) string {
+	s.t.Helper()
+	file := filepath.Join(s.dir, name)
+	if err := os.WriteFile(file, content, 0o600); err != nil {
+		s.t.Fatal(err)
+	}
+	return file
+}
+
+func (s *system) keyPEM(p pki.Pair) []byte {
+	s.t.Helper()
+	pem, err := p.KeyPEM()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return pem
+}
+
+// issue makes a certificate of the system's CA.
+func (s *system) issue(name string, template x509.Certificate, life time.Duration) pki.Pair {
+	s.t.Helper()
+	template.Subject.CommonName = name
+	pair, err := s.ca.Issue(template, time.Now(), life)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return pair
+}
+
+// certificate is a caller's, with these URI SANs.
+func (s *system) certificate(uris ...string) pki.Pair {
+	s.t.Helper()
+	template := x509.Certificate{ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}
+	for _, uri := range uris {
+		u, err := url.Parse(uri)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		template.URIs = append(template.URIs, u)
+	}
+	return s.issue("caller", template, time.Hour)
+}
+
+// as is a client with the SPIFFE ID of this path, such as console-api.
+func (s *system) as(path string) secretsv1.SecretsBrokerServiceClient {
+	s.t.Helper()
+	return secretsv1.NewSecretsBrokerServiceClient(s.dial(s.clientTLS(s.certificate("spiffe://console.exto/" + path))))
+}
+
+func (s *system) clientTLS(certs ...pki.Pair) *tls.Config {
+	roots := x509.NewCertPool()
+	roots.AddCert(s.ca.Cert)
+	cfg := &tls.Config{RootCAs: roots}
+	for _, c := range certs {
+		cfg.Certificates = append(cfg.Certificates, c.TLS())
+	}
+	return cfg
+}
+
+func (s *system) dial(cfg *tls.Config) *grpc.ClientConn {
+	s.t.Helper()
+	conn, err := grpc.NewClient(s.addr, grpc.WithTransportCredentials(credentials.NewTLS(cfg)))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(func() { _ = conn.Close() })
+	return conn
+}
+
+func key(t *testing.T, id string, kind secret.Kind) secret.Key {
+	t.Helper()
+	instance, err := secret.ParseInstanceID(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	k, err := secret.NewKey(instance, kind)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k
+}
+
+func ref(id string, kind secretsv1.SecretKind) *secretsv1.SecretRef {
+	return &secretsv1.SecretRef{InstanceId: id, Kind: kind}
+}
+
+// failure is what an error says.
+type failure struct {
+	code    codes.Code
+	reason  secret.Reason
+	commit  secret.CommitState
+	field   string
+	auditID string
+	status  *status.Status
+}
+
+func failed(t *testing.T, err error) failure {
+	t.Helper()
+	st, ok := status.FromError(err)
+	if err == nil || !ok {
+		t.Fatalf("got error %v, want a status", err)
+	}
+	f := failure{code: st.Code(), status: st}
+	for _, d := range st.Details() {
+		switch d := d.(type) {
+		case *errdetails.ErrorInfo:
+			f.reason, f.commit, f.auditID = secret.Reason(d.Reason), secret.CommitState(d.Metadata["commit_state"]), d.Metadata["audit_id"]
+		case *errdetails.BadRequest:
+			f.field = d.FieldViolations[0].Field
+		}
+	}
+	return f
+}
+
+// wantReason checks the reason of an error and, on writes, what became of it.
+func wantReason(t *testing.T, err error, reason secret.Reason, commit secret.CommitState) {
+	t.Helper()
+	if f := failed(t, err); f.reason != reason || f.commit != commit {
+		t.Fatalf("got %q with commit state %q (%v), want %q with %q", f.reason, f.commit, err, reason, commit)
+	}
+}
+
+func callContext(t *testing.T) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	t.Cleanup(cancel)
+	return ctx
+}
