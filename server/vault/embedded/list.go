@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/base64"
 	"errors"
+	"fmt"
 
 	"go.etcd.io/bbolt"
 
@@ -135,7 +136,7 @@ func parseSkip(skip string) (after []byte, err error) {
 		_, err = secret.ParseKey(string(after))
 	}
 	if err != nil {
-		return nil, errors.New("embedded store: the skip is not one that this store gave")
+		return nil, fmt.Errorf("embedded store: %w", vault.ErrSkip)
 	}
 	return after, nil
 }

@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# What CI asks beyond the tests. Each step says what it checks; the first that
+# fails ends the run.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+tool() { go tool -modfile=tools/go.mod "$@"; }
+step() { printf '== %s\n' "$*"; }
+
+step 'go.mod and tools/go.mod are tidy'
+go mod tidy -diff
+(cd tools && go mod tidy -diff)
+
+step 'generated code is what buf makes of proto/'
+before=$(find gen -type f -exec sha256sum {} + | sort)
+tool buf generate
+after=$(find gen -type f -exec sha256sum {} + | sort)
+if [ "$before" != "$after" ]; then
+	echo 'gen/ differs from proto/: commit what "make generate" makes' >&2
+	exit 1
+fi
+
+step 'buf lint'
+tool buf lint
+
+step 'buf breaking, against the commit before the last change of proto/'
+last=$(git log -n 1 --format=%H -- proto)
+if [ -n "$(git status --porcelain -- proto)" ]; then
+	base=$last # what is not committed yet is the change
+else
+	base=$(git rev-parse --quiet --verify "$last^" || true)
+fi
+if [ -n "$base" ] && git cat-file -e "$base:proto" 2>/dev/null; then
+	tool buf breaking --against ".git#ref=$base,subdir=."
+else
+	echo 'no earlier version of proto/'
+fi
+
+step 'gofmt'
+unformatted=$(gofmt -l $(git ls-files '*.go' | grep -v '^gen/'))
+if [ -n "$unformatted" ]; then
+	printf 'not formatted by gofmt:\n%s\n' "$unformatted" >&2
+	exit 1
+fi
+
+step 'vet and staticcheck'
+go vet ./...
+tool staticcheck ./...
+
+for os in linux darwin; do
+	for arch in amd64 arm64; do
+		step "everything compiles for $os/$arch, tests too"
+		GOOS=$os GOARCH=$arch go vet ./...
+	done
+done
+
+step 'tests with the race detector'
+go test -race ./...
