@@ -1,0 +1,55 @@
+package main
+
+import (
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/alecthomas/kong"
+)
+
+// TestReadmeListsEverySetting keeps the table of variables and the program one.
+func TestReadmeListsEverySetting(t *testing.T) {
+	t.Parallel()
+	readme, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	parser, err := kong.New(&commands{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	rows := map[string]string{} // variable → its line
+	for line := range strings.Lines(string(readme)) {
+		if cells := strings.Split(line, "|"); len(cells) > 3 {
+			for _, name := range strings.Fields(cells[1]) {
+				rows[strings.Trim(name, "`")] = line
+			}
+		}
+	}
+	seen := 0
+	for _, command := range parser.Model.Children {
+		if command.Name != "serve" {
+			continue
+		}
+		for _, flag := range command.Flags {
+			seen++
+			if len(flag.Envs) != 1 {
+				t.Errorf("--%s: got variables %v, want one", flag.Name, flag.Envs)
+				continue
+			}
+			env := flag.Envs[0]
+			if got, want := flag.Name, strings.ReplaceAll(strings.ToLower(strings.TrimPrefix(env, "BROKER_")), "_", "-"); got != want {
+				t.Errorf("%s: got flag --%s, want --%s", env, got, want)
+			}
+			if row := rows[env]; row == "" {
+				t.Errorf("README.md has no row for %s", env)
+			} else if flag.HasDefault && !strings.Contains(row, "`"+flag.Default+"`") {
+				t.Errorf("README.md: the row of %s has not its default %s: %s", env, flag.Default, row)
+			}
+		}
+	}
+	if seen < 10 {
+		t.Errorf("got %d flags of serve, want all of them", seen)
+	}
+}
