@@ -150,8 +150,8 @@ func (s *Store) attempt(batch []*write) (culprit int, err error) {
 		return err
 	})
 	if err != nil {
-		if errors.Is(err, errPanic) { // it may hold bbolt's lock
-			s.breakDown(err, true)
+		if errors.Is(err, errPanic) {
+			s.breakDown(err, tx)
 		}
 		return -1, s.classify(err)
 	}
@@ -180,7 +180,7 @@ func (s *Store) attempt(batch []*write) (culprit int, err error) {
 // rollback ends a transaction of which nothing was written.
 func (s *Store) rollback(tx *bbolt.Tx) {
 	if err := guard(tx.Rollback); errors.Is(err, errPanic) {
-		s.breakDown(err, true)
+		s.breakDown(err, nil)
 	}
 }
 
@@ -195,8 +195,7 @@ func (s *Store) finish(tx *bbolt.Tx) error {
 		return nil
 	}
 	if errors.Is(err, errPanic) {
-		// bbolt has not cleaned up: its free list in memory is wrong from here on.
-		s.breakDown(err, guard(tx.Rollback) != nil)
+		s.breakDown(err, tx)
 	}
 	err = s.classify(err)
 	s.failed(err)
@@ -229,23 +228,27 @@ func (s *Store) lastCommit() (id int, err error) {
 // its meta page was written, and this one's meta page refers to them too: after
 // it both are on disk.
 func (s *Store) barrier() error {
-	tx, err := s.db.Begin(true)
-	if err != nil {
-		return err
-	}
-	if err := guard(func() error { return s.commitTx(tx) }); err != nil {
-		if errors.Is(err, errPanic) {
-			s.breakDown(err, guard(tx.Rollback) != nil)
+	var tx *bbolt.Tx
+	err := guard(func() (err error) {
+		if tx, err = s.db.Begin(true); err != nil {
+			return err
 		}
-		return err
+		return s.commitTx(tx)
+	})
+	if errors.Is(err, errPanic) {
+		s.breakDown(err, tx)
 	}
-	return nil
+	return err
 }
 
-// breakDown ends all writing for the life of the process. Reads go on if they
-// can; the next start checks the file.
-func (s *Store) breakDown(cause error, stuck bool) {
-	s.stuck = s.stuck || stuck
+// breakDown ends all writing for the life of the process: after a panic bbolt has
+// not cleaned up, and its free list in memory may be wrong. Reads go on if they
+// can; the next start checks the file. tx is ended if it can be; nil is one of
+// which only its lock remains.
+func (s *Store) breakDown(cause error, tx *bbolt.Tx) {
+	if tx == nil || errors.Is(guard(tx.Rollback), errPanic) {
+		s.stuck = true
+	}
 	if s.broken == nil {
 		s.broken = s.unavailable(fmt.Errorf("no more writes until a restart: %w", cause))
 	}

@@ -5,7 +5,6 @@ import (
 	"context"
 	"encoding/base64"
 	"errors"
-	"fmt"
 
 	"go.etcd.io/bbolt"
 
@@ -82,7 +81,7 @@ func (s *Store) list(ctx context.Context, tableName, skip string, max int, add f
 	if max < 1 {
 		return "", errors.New("embedded store: a page has at least 1 item")
 	}
-	after, err := parseSkip(skip)
+	after, err := parseSkip(tableName, skip)
 	if err != nil {
 		return "", err
 	}
@@ -107,7 +106,7 @@ func (s *Store) list(ctx context.Context, tableName, skip string, max int, add f
 				continue
 			}
 			if n == max {
-				next = formatSkip(after)
+				next = formatSkip(tableName, after)
 				return nil
 			}
 			if err := add(key, r); err != nil {
@@ -121,22 +120,26 @@ func (s *Store) list(ctx context.Context, tableName, skip string, max int, add f
 	return next, err
 }
 
-// A skip is the last name of the page before. It is encoded, so that nobody
-// takes it for something to make up.
-var skipEncoding = base64.RawURLEncoding
+// A skip is the list and the last name of the page before, encoded, so that
+// nobody takes it for something to make up.
+func formatSkip(tableName string, last []byte) string {
+	return base64.RawURLEncoding.EncodeToString(append([]byte(tableName+" "), last...))
+}
 
-func formatSkip(last []byte) string { return skipEncoding.EncodeToString(last) }
-
-func parseSkip(skip string) (after []byte, err error) {
+func parseSkip(tableName, skip string) (after []byte, err error) {
 	if skip == "" {
 		return nil, nil
 	}
-	after, err = skipEncoding.DecodeString(skip)
-	if err == nil {
-		_, err = secret.ParseKey(string(after))
-	}
+	decoded, err := base64.RawURLEncoding.DecodeString(skip)
 	if err != nil {
-		return nil, fmt.Errorf("embedded store: %w", vault.ErrSkip)
+		return nil, vault.ErrSkip
+	}
+	after, ok := bytes.CutPrefix(decoded, []byte(tableName+" "))
+	if !ok {
+		return nil, vault.ErrSkip
+	}
+	if _, err := secret.ParseKey(string(after)); err != nil {
+		return nil, vault.ErrSkip
 	}
 	return after, nil
 }

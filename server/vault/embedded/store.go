@@ -176,21 +176,20 @@ func (s *Store) Set(ctx context.Context, key secret.Key, v vault.NewVersion) (va
 	}
 
 	err = s.write(ctx, func(w *writer) error {
-		old, ok, err := w.deleted.get(name)
+		deleted, wasDeleted, err := w.deleted.get(name)
 		if err != nil {
 			return err
 		}
-		if ok && !old.purged(w.now) {
+		old, replaces, err := w.live.get(name)
+		if err != nil {
+			return err
+		}
+		switch {
+		case wasDeleted && !deleted.purged(w.now):
 			return vault.ErrDeleted
-		}
-		if ok {
+		case wasDeleted:
 			w.purge(name)
-		}
-		old, ok, err = w.live.get(name)
-		if err != nil {
-			return err
-		}
-		if ok {
+		case replaces:
 			w.versions.put(olderKey(name, old.version), old)
 		}
 		r.created = w.now.Unix()
@@ -379,8 +378,10 @@ func (s *Store) view(ctx context.Context, fn func(tx *bbolt.Tx) error) error {
 	}
 	if s.unsettled.Load() {
 		// What a read would see may not be on disk. Any commit puts it there.
-		if err := s.write(ctx, func(*writer) error { return nil }); err != nil {
-			return err
+		if err := s.write(ctx, func(*writer) error { return nil }); ctx.Err() != nil {
+			return ctx.Err()
+		} else if err != nil {
+			return s.unavailable(errors.New("the last commit is not known to be on disk"))
 		}
 	}
 	return s.classify(guard(func() error { return s.db.View(fn) }))

@@ -98,13 +98,13 @@ func (v *Vault) Recover(ctx context.Context, key secret.Key) error {
 }
 
 // List is empty.
-func (v *Vault) List(ctx context.Context, _ string, _ int) (vault.Page, error) {
-	return vault.Page{}, v.begin(ctx, "List", secret.Key{})
+func (v *Vault) List(ctx context.Context, skip string, _ int) (vault.Page, error) {
+	return vault.Page{}, v.list(ctx, "List", skip)
 }
 
 // ListDeleted is empty.
-func (v *Vault) ListDeleted(ctx context.Context, _ string, _ int) (vault.Page, error) {
-	return vault.Page{}, v.begin(ctx, "ListDeleted", secret.Key{})
+func (v *Vault) ListDeleted(ctx context.Context, skip string, _ int) (vault.Page, error) {
+	return vault.Page{}, v.list(ctx, "ListDeleted", skip)
 }
 
 // Check is nil until Close. It does not warn, since probes call it all the time.
@@ -132,6 +132,17 @@ func (v *Vault) nothing(ctx context.Context, operation string, key secret.Key) e
 		return err
 	}
 	return vault.ErrNotFound
+}
+
+// list gives no page, and so takes no skip either.
+func (v *Vault) list(ctx context.Context, operation, skip string) error {
+	if err := v.begin(ctx, operation, secret.Key{}); err != nil {
+		return err
+	}
+	if skip != "" {
+		return vault.ErrSkip
+	}
+	return nil
 }
 
 func now() time.Time { return time.Now().UTC().Truncate(time.Second) }
