@@ -50,9 +50,9 @@ type Broker struct {
 	locks lockTable
 
 	mu sync.Mutex
-	// unsettled holds the highest generation among a secret's writes of unknown
-	// outcome: no later write takes it again.
-	unsettled map[secret.Key]int64
+	// highest is the highest generation of each secret that was written, seen, or
+	// sent with unknown outcome: no later write takes it again.
+	highest map[secret.Key]int64
 	// hidden holds versions that are live in the vault only because a put over a
 	// secret that somebody else deleted had to recover it first.
 	hidden map[secret.Key]hiddenVersion
@@ -73,12 +73,12 @@ type hiddenVersion struct {
 // New makes a Broker. It does not ask the vault anything.
 func New(cfg Config) *Broker {
 	b := &Broker{
-		vault:     cfg.Vault,
-		log:       cfg.Logger,
-		now:       cfg.Now,
-		unsettled: map[secret.Key]int64{},
-		hidden:    map[secret.Key]hiddenVersion{},
-		discards:  cfg.Vault.Info().Discards,
+		vault:    cfg.Vault,
+		log:      cfg.Logger,
+		now:      cfg.Now,
+		highest:  map[secret.Key]int64{},
+		hidden:   map[secret.Key]hiddenVersion{},
+		discards: cfg.Vault.Info().Discards,
 	}
 	if b.now == nil {
 		b.now = time.Now

@@ -29,9 +29,17 @@ type GetResult struct {
 
 // Get reads a value from the vault.
 func (b *Broker) Get(ctx context.Context, req GetRequest) (GetResult, error) {
-	s, err := b.load(ctx, req.Key)
+	result, err := steady(func() (GetResult, error) { return b.get(ctx, req) })
 	if err != nil {
 		return GetResult{}, vaultError(ctx, req.Key, err)
+	}
+	return result, nil
+}
+
+func (b *Broker) get(ctx context.Context, req GetRequest) (GetResult, error) {
+	s, err := b.load(ctx, req.Key)
+	if err != nil {
+		return GetResult{}, err
 	}
 	want := req.Version
 	if want == "" {
@@ -39,7 +47,7 @@ func (b *Broker) Get(ctx context.Context, req GetRequest) (GetResult, error) {
 	}
 	v, value, err := b.valueOf(ctx, s, want)
 	if err != nil {
-		return GetResult{}, vaultError(ctx, req.Key, err)
+		return GetResult{}, err
 	}
 	if v.generation > 0 && v.generation < req.MinGeneration {
 		return GetResult{}, refuse(req.Key, secret.StalenessUnsatisfiable, "the vault holds generation %d, which is below min_generation %d", v.generation, req.MinGeneration)
@@ -100,9 +108,17 @@ type Description struct {
 
 // Describe reads what is known of a secret from the vault.
 func (b *Broker) Describe(ctx context.Context, key secret.Key) (Description, error) {
-	s, err := b.load(ctx, key)
+	d, err := steady(func() (Description, error) { return b.describe(ctx, key) })
 	if err != nil {
 		return Description{}, vaultError(ctx, key, err)
+	}
+	return d, nil
+}
+
+func (b *Broker) describe(ctx context.Context, key secret.Key) (Description, error) {
+	s, err := b.load(ctx, key)
+	if err != nil {
+		return Description{}, err
 	}
 	d := Description{Metadata: s.metadata(s.current)}
 	switch s.state {
@@ -115,7 +131,7 @@ func (b *Broker) Describe(ctx context.Context, key secret.Key) (Description, err
 		d.Redacted = secret.Redact(key.Kind(), s.value)
 	}
 	if err := b.list(ctx, s); err != nil {
-		return Description{}, vaultError(ctx, key, err)
+		return Description{}, err
 	}
 	for _, v := range s.listed {
 		d.Versions = append(d.Versions, s.metadata(v))

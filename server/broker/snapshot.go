@@ -40,11 +40,29 @@ func newVersion(p vault.Properties) version { return version{p, parseTags(p.Tags
 // name, and lists the versions where the vault shows no tags: of a disabled
 // version.
 func (b *Broker) load(ctx context.Context, key secret.Key) (*snapshot, error) {
+	return steady(func() (*snapshot, error) { return b.loadOnce(ctx, key) })
+}
+
+// steady looks again when a secret was changed between two requests of one look,
+// such as by a delete between a Get and a list of versions.
+func steady[T any](look func() (T, error)) (T, error) {
+	const looks = 4
+	for n := 1; ; n++ {
+		result, err := look()
+		var told *Error
+		if n == looks || errors.As(err, &told) || !errors.Is(err, vault.ErrNotFound) && !errors.Is(err, vault.ErrDisabled) {
+			return result, err
+		}
+	}
+}
+
+func (b *Broker) loadOnce(ctx context.Context, key secret.Key) (*snapshot, error) {
 	s := &snapshot{key: key, asOf: b.now()}
 	props, value, err := b.vault.Get(ctx, key, "")
 	switch {
 	case err == nil:
 		s.live, s.current, s.value, s.state = true, newVersion(props), value, Active
+		b.remember(key, s.current.generation)
 	case errors.Is(err, vault.ErrDisabled):
 		s.live = true
 		if err := b.list(ctx, s); err != nil {
@@ -57,7 +75,6 @@ func (b *Broker) load(ctx context.Context, key secret.Key) (*snapshot, error) {
 	case errors.Is(err, vault.ErrNotFound):
 		d, err := b.vault.GetDeleted(ctx, key)
 		if errors.Is(err, vault.ErrNotFound) {
-			b.forget(key)
 			return s, nil
 		}
 		if err != nil {
@@ -160,8 +177,10 @@ func (s *snapshot) expiry(v version) time.Time {
 		end := by.graceEnd
 		if i > 0 {
 			// The one that replaced by stands before it.
-			if next := s.listed[i-1].Created; next.Before(end) {
-				end = next
+			for _, over := range []time.Time{s.listed[i-1].Created, s.asOf} { // the vault's clock may be ahead
+				if over.Before(end) {
+					end = over
+				}
 			}
 		}
 		return end
@@ -245,18 +264,28 @@ func (b *Broker) isHidden(p vault.Properties) (time.Time, bool) {
 	return h.deletedAt, ok && (h.version == p.Version || p.Version == "" && h.created.Equal(p.Created))
 }
 
-// remember keeps a write of unknown outcome from sharing its generation.
+// remember keeps any later write from taking this generation again: that of a
+// write of unknown outcome, or of a version whose tags somebody may take away.
 func (b *Broker) remember(key secret.Key, generation int64) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.unsettled[key] = max(b.unsettled[key], generation)
+	if generation > b.highest[key] {
+		b.highest[key] = generation
+	}
+}
+
+func (b *Broker) highestOf(key secret.Key) int64 {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.highest[key]
 }
 
 // forget drops what is remembered of a name that is absent: whoever comes next
-// is a new secret.
+// is a new secret. Only the holder of the secret's lock may know that it is: to a
+// reader, a name that is being recovered can look absent.
 func (b *Broker) forget(key secret.Key) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	delete(b.unsettled, key)
+	delete(b.highest, key)
 	delete(b.hidden, key)
 }

@@ -101,6 +101,9 @@ func do[R any](b *Broker, ctx context.Context, op *operation, work func(context.
 				}
 				o.err = withCommit(vaultError(ctx, op.key, o.err), secret.NotApplied)
 			}
+			if ctx.Err() != nil && op.phase.Load() == started {
+				b.log.Info("a write ended after its caller was gone", "key", op.key.String(), "audit_id", op.AuditID, "operation_id", op.id, "applied", o.err == nil, "error", o.err)
+			}
 			leave()
 			cut()
 			cancel()
@@ -142,6 +145,9 @@ func shutdownError(op *operation, err error) error {
 func (b *Broker) prepare(ctx context.Context, op *operation) (s *snapshot, base version, replay *done, err error) {
 	if s, err = b.load(ctx, op.key); err != nil {
 		return nil, version{}, nil, err
+	}
+	if s.state == Absent {
+		b.forget(op.key)
 	}
 	if base, err = b.base(ctx, s); err != nil {
 		return nil, version{}, nil, err
@@ -206,7 +212,7 @@ func (b *Broker) store(ctx context.Context, op *operation, s *snapshot, base ver
 		}
 	}
 
-	highest := max(base.generation, b.highestUnsettled(op.key))
+	highest := max(base.generation, b.highestOf(op.key))
 	r.generation, r.createdBy = highest+1, op.Caller
 	r.epoch, r.auditID = b.epoch.Load(), op.AuditID
 	r.made = done{letter: op.letter, id: op.id}
@@ -232,7 +238,8 @@ func (b *Broker) store(ctx context.Context, op *operation, s *snapshot, base ver
 	if err != nil {
 		return nil, b.deleteAgain(ctx, op, recovered, err)
 	}
-	b.forget(op.key)
+	b.remember(op.key, r.generation)
+	b.unhide(op.key)
 	return &snapshot{key: op.key, state: Active, live: true, current: newVersion(props)}, nil
 }
 
@@ -259,12 +266,6 @@ func (b *Broker) landed(ctx context.Context, op *operation) (vault.Properties, b
 		return vault.Properties{}, false
 	}
 	return props, parseTags(props.Tags).made == done{letter: op.letter, id: op.id}
-}
-
-func (b *Broker) highestUnsettled(key secret.Key) int64 {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.unsettled[key]
 }
 
 // encode writes r into tags, beside those that others put on the current version.
