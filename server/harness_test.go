@@ -315,3 +315,5 @@ func callContext(t *testing.T) context.Context {
 	t.Cleanup(cancel)
 	return ctx
 }
+
+func contains(s, part string) bool { return strings.Contains(s, part) }
