@@ -305,8 +305,8 @@ func TestEveryFieldBothWays(t *testing.T) {
 // What is not set must not arrive as set: the broker tells them apart.
 func TestZeroOptions(t *testing.T) {
 	t.Parallel()
-	b := start(t, func(_ context.Context, req proto.Message) (proto.Message, error) {
-		answer, _ := answerFull(nil, req)
+	b := start(t, func(ctx context.Context, req proto.Message) (proto.Message, error) {
+		answer, _ := answerFull(ctx, req)
 		return answer.ProtoReflect().New().Interface(), nil // empty
 	})
 	c := b.client(t)

@@ -113,7 +113,27 @@ func beginStream(g *gate, drained context.Context) grpc.StreamServerInterceptor 
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
 		defer context.AfterFunc(drained, cancel)()
-		return handler(srv, &middleware.WrappedServerStream{ServerStream: stream, WrappedContext: ctx})
+		return handler(srv, &drainedStream{middleware.WrappedServerStream{ServerStream: stream, WrappedContext: ctx}, drained})
+	}
+}
+
+// drainedStream is a stream on which nobody waits for a message beyond the
+// beginning of a shutdown: gRPC's own RecvMsg ends with the connection alone.
+type drainedStream struct {
+	middleware.WrappedServerStream
+	drained context.Context
+}
+
+func (s *drainedStream) RecvMsg(m any) error {
+	received := make(chan error, 1)
+	// It ends when the handler has returned, as it does after an error from here,
+	// and then nobody looks at m.
+	go func() { received <- s.ServerStream.RecvMsg(m) }()
+	select {
+	case err := <-received:
+		return err
+	case <-s.drained.Done():
+		return statusOf(s.Context(), &broker.Error{Reason: secret.ShuttingDown, Message: "this broker is shutting down; try again, at another one if there is one"})
 	}
 }
 
@@ -123,10 +143,10 @@ func decideUnary(g *gate) grpc.UnaryServerInterceptor {
 			return nil, g.fail(ctx, err)
 		}
 		resp, err := handler(ctx, req)
-		if err != nil {
+		if _, ours := methods[info.FullMethod]; err != nil && ours {
 			return nil, g.fail(ctx, err)
 		}
-		return resp, nil
+		return resp, err // gRPC's own services answer with gRPC's own errors
 	}
 }
 

@@ -106,6 +106,9 @@ type system struct {
 	store vault.Vault
 	vault *vaulttest.Faulty
 	addr  string
+	// config, unless nil, changes how the server is made.
+	config func(*server.Config)
+	face   *server.Server
 	// stop ends broker and server, but not the store.
 	stop func()
 }
@@ -164,7 +167,11 @@ func (s *system) restart() {
 		s.t.Fatal(err)
 	}
 	heart := broker.New(broker.Config{Vault: s.vault, Logger: s.logger(), Now: s.clock.Now})
-	face, err := server.New(server.Config{Broker: heart, Policy: policy, TLS: tlsConfig, Logger: s.logger(), Metrics: prometheus.NewRegistry()})
+	cfg := server.Config{Broker: heart, Policy: policy, TLS: tlsConfig, Logger: s.logger(), Metrics: prometheus.NewRegistry()}
+	if s.config != nil {
+		s.config(&cfg)
+	}
+	face, err := server.New(cfg)
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -172,7 +179,7 @@ func (s *system) restart() {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	s.addr = listener.Addr().String()
+	s.addr, s.face = listener.Addr().String(), face
 	served := make(chan error, 1)
 	go func() { served <- face.Serve(listener) }()
 	s.stop = sync.OnceFunc(func() {

@@ -26,12 +26,13 @@ import (
 	"github.com/exto/secrets-broker/server/broker"
 )
 
-// Limits of what one connection may ask of the server. The first three are part
-// of the contract.
+// Limits of what one connection may ask of the server. The first two are part of
+// the contract, and so are 1,024 streams that stay open: as many again are for
+// unary calls, which would otherwise wait for one of those to end.
 const (
 	maxRequestBytes = 64 << 10
 	maxHeaderBytes  = 16 << 10
-	maxStreams      = 1024
+	maxStreams      = 2 * 1024
 	// handshakeTimeout sheds connections that never finish their handshake;
 	// gRPC's own bound is 120 s.
 	handshakeTimeout = 20 * time.Second
@@ -55,15 +56,18 @@ type Config struct {
 	Metrics prometheus.Registerer
 	// Now is the wall clock by which certificates expire; nil means time.Now.
 	Now func() time.Time
+
+	handshakeTimeout time.Duration // zero means the constant; tests have less time
 }
 
 // Server serves the broker's RPCs, grpc.health.v1, and to callers with the
 // permission debug reflection and channelz.
 type Server struct {
-	grpc    *grpc.Server
-	health  *health.Server
-	drain   context.CancelFunc
-	drained context.Context
+	grpc       *grpc.Server
+	health     *health.Server
+	handshakes *handshakes
+	drain      context.CancelFunc
+	drained    context.Context
 }
 
 // New makes a Server that does not listen yet.
@@ -71,19 +75,25 @@ func New(cfg Config) (*Server, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
+	if cfg.handshakeTimeout == 0 {
+		cfg.handshakeTimeout = handshakeTimeout
+	}
 	metrics := grpcprom.NewServerMetrics(grpcprom.WithServerHandlingTimeHistogram())
 	if err := cfg.Metrics.Register(metrics); err != nil {
 		return nil, err
 	}
-	s := &Server{health: health.NewServer()}
+	s := &Server{
+		health:     health.NewServer(),
+		handshakes: &handshakes{TransportCredentials: credentials.NewTLS(cfg.TLS), pending: map[net.Conn]bool{}},
+	}
 	s.drained, s.drain = context.WithCancel(context.Background())
 	gate := &gate{policy: cfg.Policy, now: cfg.Now, log: cfg.Logger}
 	s.grpc = grpc.NewServer(append(chain(metrics, cfg.Logger, gate, s.drained),
-		grpc.Creds(credentials.NewTLS(cfg.TLS)),
+		grpc.Creds(s.handshakes),
 		grpc.MaxRecvMsgSize(maxRequestBytes),
 		grpc.MaxHeaderListSize(maxHeaderBytes),
 		grpc.MaxConcurrentStreams(maxStreams),
-		grpc.ConnectionTimeout(handshakeTimeout),
+		grpc.ConnectionTimeout(cfg.handshakeTimeout),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingInterval, Timeout: pingTimeout}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: minPing, PermitWithoutStream: true}),
 	)...)
@@ -105,12 +115,13 @@ func (s *Server) Serve(l net.Listener) error {
 	return nil
 }
 
-// Shutdown says NOT_SERVING, takes no further calls, ends streams, waits for the
-// calls under way until ctx ends, and then cuts them off. Serve has returned when
-// it returns.
+// Shutdown says NOT_SERVING, takes no further calls, ends streams and unfinished
+// handshakes, waits for the calls under way until ctx ends, and then cuts them
+// off. Serve has returned when it returns.
 func (s *Server) Shutdown(ctx context.Context) {
 	s.health.Shutdown()
 	s.drain()
+	s.handshakes.end()
 	cut := context.AfterFunc(ctx, s.grpc.Stop)
 	defer cut()
 	s.grpc.GracefulStop()

@@ -53,7 +53,11 @@ var code = map[secret.Reason]codes.Code{
 // fail logs the cause of an error, which the caller is not told, and gives what
 // the caller is told.
 func (g *gate) fail(ctx context.Context, err error) error {
-	if cause := errors.Unwrap(err); cause != nil {
+	cause := err
+	if e := (*broker.Error)(nil); errors.As(err, &e) {
+		cause = errors.Unwrap(e)
+	}
+	if cause != nil {
 		c := callFrom(ctx)
 		g.log.WarnContext(ctx, "call failed", "audit_id", c.auditID, "caller", c.caller.name(), "cause", cause)
 	}

@@ -3,11 +3,15 @@ package server
 import (
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
+	"net"
 	"os"
 	"sync"
-	"time"
+
+	"google.golang.org/grpc/credentials"
 )
 
 // TLSFiles names the PEM files by which connections are secured. All are
@@ -36,26 +40,21 @@ func (f TLSFiles) Config(logger *slog.Logger) (*tls.Config, error) {
 	}, nil
 }
 
-// tlsReloader looks at the files' times at each handshake, which costs little
-// beside the handshake itself.
+// tlsReloader looks at each handshake whether the files changed, which costs
+// little beside the handshake itself.
 type tlsReloader struct {
 	files TLSFiles
 	log   *slog.Logger
 
 	mu     sync.Mutex
-	seen   [3]fileState
+	seen   [3]fs.FileInfo // nil for a file that is not there
 	config *tls.Config
-}
-
-type fileState struct {
-	modified time.Time
-	size     int64
 }
 
 func (r *tlsReloader) current() *tls.Config {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.look() != r.seen {
+	if r.changed() {
 		if err := r.reload(); err != nil {
 			r.log.Error("changed TLS files are bad; those before stay in force", "error", err)
 		} else {
@@ -65,13 +64,29 @@ func (r *tlsReloader) current() *tls.Config {
 	return r.config
 }
 
-func (r *tlsReloader) look() (states [3]fileState) {
+func (r *tlsReloader) look() (infos [3]fs.FileInfo) {
 	for i, name := range []string{r.files.Cert, r.files.Key, r.files.ClientCA} {
-		if info, err := os.Stat(name); err == nil {
-			states[i] = fileState{info.ModTime(), info.Size()}
+		infos[i], _ = os.Stat(name) // why it failed is for reload to say
+	}
+	return infos
+}
+
+// changed reports whether a file is another one than before. Its time and size
+// don't tell alone: those of a certificate and its successor are easily alike.
+func (r *tlsReloader) changed() bool {
+	for i, now := range r.look() {
+		was := r.seen[i]
+		if now == nil || was == nil {
+			if now != was {
+				return true
+			}
+			continue
+		}
+		if !os.SameFile(now, was) || !now.ModTime().Equal(was.ModTime()) || now.Size() != was.Size() {
+			return true
 		}
 	}
-	return states
+	return false
 }
 
 func (r *tlsReloader) reload() error {
@@ -99,4 +114,41 @@ func (r *tlsReloader) reload() error {
 		SessionTicketsDisabled: true,
 	}
 	return nil
+}
+
+// handshakes secures connections and knows whose handshake is under way: a gRPC
+// server that stops waits for those, so that one silent connection would hold up
+// a shutdown beyond its bound.
+type handshakes struct {
+	credentials.TransportCredentials
+
+	mu      sync.Mutex
+	pending map[net.Conn]bool
+	ended   bool
+}
+
+func (h *handshakes) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	h.mu.Lock()
+	if h.ended {
+		h.mu.Unlock()
+		return nil, nil, errors.New("the server is shutting down")
+	}
+	h.pending[raw] = true
+	h.mu.Unlock()
+	defer func() {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		delete(h.pending, raw)
+	}()
+	return h.TransportCredentials.ServerHandshake(raw)
+}
+
+// end closes the connections whose handshake is under way, and those to come.
+func (h *handshakes) end() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.ended = true
+	for raw := range h.pending {
+		_ = raw.Close()
+	}
 }

@@ -23,6 +23,9 @@ import (
 // carryOn bounds a write whose caller is gone.
 const carryOn = 5 * time.Minute
 
+// noticeCut is what Close gives writes that it cut off to come back.
+const noticeCut = time.Second
+
 // Config is what a Broker stands on.
 type Config struct {
 	// Vault keeps the secrets. Required. The caller closes it, after Close.
@@ -90,8 +93,8 @@ func New(cfg Config) *Broker {
 }
 
 // Close refuses further writes and waits for those under way until ctx ends;
-// then it cuts them off, as a crash would, and waits for them to notice. Reads
-// are not stopped: their callers' contexts end them.
+// then it cuts them off, as a crash would, and waits for them to notice, at most
+// a second. Reads are not stopped: their callers' contexts end them.
 func (b *Broker) Close(ctx context.Context) {
 	b.mu.Lock()
 	b.closing = true
@@ -107,7 +110,11 @@ func (b *Broker) Close(ctx context.Context) {
 		b.log.Warn("writes cut off by shutdown; a retry with the same request id tells what became of them")
 	}
 	b.stop()
-	<-done
+	select {
+	case <-done:
+	case <-time.After(noticeCut):
+		b.log.Error("the vault does not let go of a write; shutting down without its outcome")
+	}
 }
 
 // Check reports whether the vault can be used now.

@@ -1,0 +1,209 @@
+package server_test
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"testing"
+
+	"github.com/google/uuid"
+
+	secretsv1 "github.com/exto/secrets-broker/gen/exto/secrets/v1"
+	"github.com/exto/secrets-broker/secret"
+	"github.com/exto/secrets-broker/server/vault"
+)
+
+// kill makes the broker die at its n-th vault call that changes something, before
+// or after it took effect: from then on nothing reaches the vault. It reports
+// whether the broker came that far.
+func (x *subject) kill(n int, after bool) (died func() bool) {
+	var mu sync.Mutex
+	effects, dead := 0, false
+	x.vault.SetBefore(func(ctx context.Context, op string, _ secret.Key) error {
+		mu.Lock()
+		defer mu.Unlock()
+		if isEffect(op) {
+			effects++
+			dead = dead || !after && effects == n
+		}
+		if dead {
+			return vault.Uncertain(vault.ErrUnavailable)
+		}
+		return nil
+	})
+	x.vault.SetAfter(func(_ context.Context, op string, _ secret.Key, err error) error {
+		mu.Lock()
+		defer mu.Unlock()
+		if after && isEffect(op) && effects == n {
+			dead = true
+		}
+		if dead {
+			return vault.Uncertain(vault.ErrUnavailable)
+		}
+		return err
+	})
+	return func() bool {
+		mu.Lock()
+		defer mu.Unlock()
+		return dead
+	}
+}
+
+func TestKilledBetweenAnyTwoSteps(t *testing.T) {
+	t.Parallel()
+	putOver := func(x *subject, ctx context.Context, id string) error {
+		_, err := x.c.PutSecret(ctx, &secretsv1.PutSecretRequest{Ref: x.ref, Value: uri(3), RequestId: id})
+		return err
+	}
+	rotateOver := func(x *subject, ctx context.Context, id string) error {
+		_, err := x.c.RotateSecret(ctx, &secretsv1.RotateSecretRequest{Ref: x.ref, NewValue: uri(3), AllowMissing: true, RequestId: id})
+		return err
+	}
+	tests := []struct {
+		name, state string
+		call        func(*subject, context.Context, string) error
+		steps       int // vault calls that change something
+		// applied is how many of them make it happen; before that the state is as it was.
+		applied int
+		want    string // what Get gives once it happened: a value or a reason
+		// exposed is after how many steps the old value can be read by rights of
+		// nobody but the person who deleted the secret; 0: never.
+		exposed int
+	}{
+		{"delete", "active", writeCalls["delete"], 2, 1, "SECRET_NOT_FOUND", 0},
+		{"delete what a person disabled", "disabled", writeCalls["delete"], 2, 1, "SECRET_NOT_FOUND", 0},
+		{"recover", "deleted", writeCalls["recover"], 2, 2, uri(2), 0},
+		{"recover what is marked", "marked", writeCalls["recover"], 1, 1, uri(2), 0},
+		{"put over deleted", "deleted", putOver, 2, 2, uri(3), 0},
+		{"put over marked", "marked", putOver, 1, 1, uri(3), 0},
+		{"put over deleted by a person", "deleted outside", putOver, 2, 2, uri(3), 1},
+		{"rotate over deleted", "deleted", rotateOver, 2, 2, uri(3), 0},
+		{"put", "active", writeCalls["put"], 1, 1, uri(3), 0},
+		{"rotate", "active", writeCalls["rotate"], 1, 1, uri(3), 0},
+	}
+	got := func(x *subject) string {
+		out, err := x.get("")
+		if err != nil {
+			return string(failed(x.t, err).reason)
+		}
+		return out.GetValue()
+	}
+	for _, test := range tests {
+		for step := 1; step <= test.steps; step++ {
+			for _, after := range []bool{false, true} {
+				t.Run(fmt.Sprintf("%s/step %d/after %v", test.name, step, after), func(t *testing.T) {
+					t.Parallel()
+					x := startSystem(t).in(t, "demo", test.state)
+					before := got(x)
+					died := x.kill(step, after)
+					id := uuid.NewString()
+					err := test.call(x, x.ctx, id)
+					if !died() {
+						t.Fatalf("it never came to step %d", step)
+					}
+					if err == nil {
+						t.Fatal("got success from a dead broker")
+					}
+					x.restart()
+					x.reconnect()
+
+					done := step
+					if !after {
+						done--
+					}
+					want := before
+					switch {
+					case done >= test.applied:
+						want = test.want
+					case test.exposed > 0 && done >= test.exposed:
+						want = uri(2)
+					}
+					if g := got(x); g != want {
+						t.Errorf("after %d of %d steps: got %q, want %q", done, test.steps, g, want)
+					}
+					if err := test.call(x, x.ctx, id); err != nil {
+						t.Fatalf("the same request again: %v", err)
+					}
+					if g := got(x); g != test.want {
+						t.Errorf("after the same request again: got %q, want %q", g, test.want)
+					}
+					if test.want == "SECRET_NOT_FOUND" {
+						if _, err := x.store.GetDeleted(x.ctx, x.key); err != nil {
+							t.Errorf("the delete was not ended in the vault: %v", err)
+						}
+					}
+					if test.want == uri(3) {
+						all, err := x.store.Versions(x.ctx, x.key)
+						if err != nil || len(all) != 3 {
+							t.Errorf("got %d versions, %v, want the write once: 3", len(all), err)
+						}
+					}
+				})
+			}
+		}
+	}
+}
+
+// TestPutOverWhatAPersonDeleted: the old value is live in the vault between the
+// recover and the overwrite, and not to be had from the broker.
+func TestPutOverWhatAPersonDeleted(t *testing.T) {
+	t.Parallel()
+	x := startSystem(t).in(t, "demo", "deleted outside")
+	reached, release := x.hang("Set", false)
+	done := make(chan error, 1)
+	go func() { done <- writeCalls["put"](x, x.ctx, "") }()
+	<-reached
+	if _, value, err := x.store.Get(x.ctx, x.key, ""); err != nil || value.Reveal() != uri(2) {
+		t.Fatalf("got %v, want the old value live in the vault", err)
+	}
+	x.wantGet("", secret.SecretNotFound)
+	x.wantGet(x.first, secret.SecretNotFound)
+	if o := operations["list"](x); o.m != nil || o.err != nil {
+		t.Errorf("List: got %v, %v, want nothing", o.m, o.err)
+	}
+	if o := operations["describe"](x); o.String(t) != "DELETED/2  1" {
+		t.Errorf("Describe: got %s", o.String(t))
+	}
+	release()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	x.wantValue("", uri(3))
+}
+
+func TestFailedPutOverWhatAPersonDeletedDeletesAgain(t *testing.T) {
+	t.Parallel()
+	x := startSystem(t).in(t, "demo", "deleted outside")
+	fail := map[string]bool{"Set": true}
+	x.vault.SetBefore(func(_ context.Context, op string, _ secret.Key) error {
+		if fail[op] {
+			return vault.ErrUnavailable
+		}
+		return nil
+	})
+	wantReason(t, writeCalls["put"](x, x.ctx, ""), secret.VaultUnavailable, secret.NotApplied)
+	if _, err := x.store.GetDeleted(x.ctx, x.key); err != nil {
+		t.Errorf("the secret is not deleted again: %v", err)
+	}
+	// Where that fails too, the broker goes on hiding it, and a delete ends it.
+	x.vault.SetBefore(func(_ context.Context, op string, _ secret.Key) error {
+		if op == "Set" || op == "Delete" {
+			return vault.ErrUnavailable
+		}
+		return nil
+	})
+	wantReason(t, writeCalls["put"](x, x.ctx, ""), secret.VaultUnavailable, secret.NotApplied)
+	x.wantGet("", secret.SecretNotFound)
+	x.vault.SetBefore(nil)
+	if _, err := x.c.DeleteSecret(x.ctx, &secretsv1.DeleteSecretRequest{Ref: x.ref, AllowMissing: true}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := x.store.GetDeleted(x.ctx, x.key); err != nil {
+		t.Errorf("the secret is not deleted again: %v", err)
+	}
+	// Recovered by a person afterwards it is theirs again.
+	if err := x.store.Recover(x.ctx, x.key); err != nil {
+		t.Fatal(err)
+	}
+	x.wantValue("", uri(2))
+}
