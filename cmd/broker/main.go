@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 )
 
@@ -18,7 +19,8 @@ func main() {
 	// full disk is, and not the end of the process.
 	signal.Ignore(syscall.SIGXFSZ)
 	if err := run(ctx, os.Args[1:], os.Stdout, os.Stderr); err != nil {
-		fmt.Fprintln(os.Stderr, "broker: "+err.Error())
+		// One line, whatever was joined into it.
+		fmt.Fprintln(os.Stderr, "broker: "+strings.ReplaceAll(err.Error(), "\n", "; "))
 		os.Exit(1)
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"strings"
 
 	"github.com/alecthomas/kong"
 
@@ -36,7 +37,6 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	parser, err := kong.New(&cli,
 		kong.Name("broker"),
 		kong.Description("The secrets broker: typed access to the secrets of customer instances, over mutual TLS."),
-		kong.UsageOnError(),
 		kong.Writers(stdout, stderr),
 		kong.Exit(func(int) { exited = true }), // --help
 		kong.BindTo(ctx, (*context.Context)(nil)),
@@ -53,9 +53,23 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("%w; see broker --help", err)
+		return commandLineError(parser.Model, err)
 	}
 	return command.Run()
+}
+
+// commandLineError says what to do about an error of kong's. Where that names a
+// flag, the value may as well have come from its variable.
+func commandLineError(app *kong.Application, err error) error {
+	for _, command := range app.Leaves(false) {
+		for _, f := range command.Flags {
+			rest, ok := strings.CutPrefix(err.Error(), "--"+f.Name)
+			if ok && len(f.Envs) == 1 && f.HasDefault && strings.IndexAny(rest, ": ") == 0 {
+				return fmt.Errorf("%s (--%s)%s; set it to a value such as %s", f.Envs[0], f.Name, rest, f.Default)
+			}
+		}
+	}
+	return fmt.Errorf("%w; see broker --help", err)
 }
 
 // logSettings say how the log looks. It goes to standard error, always.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
 	"runtime/debug"
 	"time"
 
@@ -59,8 +60,19 @@ func (c serveCommand) check() error {
 		if required.value == "" {
 			return fmt.Errorf("%s is not set: set it to %s, or run broker dev, which makes one", required.name, required.meaning)
 		}
+		if _, err := os.Stat(required.value); err != nil {
+			return fmt.Errorf("%s: %w; set it to %s", required.name, err, required.meaning)
+		}
 	}
 	switch {
+	case c.SecretStoreProvider == "embedded" && c.DataDir == "":
+		return errors.New("BROKER_DATA_DIR (--data-dir) is not set: set it to the folder of the embedded store")
+	case c.SecretStoreProvider != "embedded" && c.SecretStoreProvider != "noop" && c.SecretStoreProvider != "":
+		return errors.New("SECRET_STORE_PROVIDER (--secret-store-provider) is not one of the stores: set it to embedded or noop")
+	case c.ListenAddress == "": // which net.Listen takes for any port of all addresses
+		return errors.New("BROKER_LISTEN_ADDRESS (--listen-address) is empty: set it to an address such as :7443")
+	case c.MetricsAddress == "":
+		return errors.New("BROKER_METRICS_ADDRESS (--metrics-address) is empty: set it to an address such as 127.0.0.1:9464")
 	case c.EmbeddedRetention <= 0:
 		return errors.New("BROKER_EMBEDDED_RETENTION (--embedded-retention) is not positive: set it to a duration such as 2160h")
 	case c.ShutdownTimeout <= 0:
@@ -87,13 +99,23 @@ func (c serveCommand) serve(ctx context.Context, s streams, listening func(net.A
 	if err != nil {
 		return fmt.Errorf("BROKER_TLS_CERT_FILE, BROKER_TLS_KEY_FILE, BROKER_TLS_CLIENT_CA_FILE: %w", err)
 	}
-	log.Info("broker starts", buildAttrs()...)
-
+	// Before the store: a start that fails for its address makes no store.
+	grpcListener, err := listen("BROKER_LISTEN_ADDRESS (--listen-address)", c.ListenAddress)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = grpcListener.Close() }()
+	opsListener, err := listen("BROKER_METRICS_ADDRESS (--metrics-address)", c.MetricsAddress)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = opsListener.Close() }()
 	store, err := c.openVault(log)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, store.Close()) }()
+	log.Info("broker starts", buildAttrs()...)
 	logStore(log, store.Info())
 
 	heart := broker.New(broker.Config{Vault: store, Logger: log})
@@ -104,14 +126,6 @@ func (c serveCommand) serve(ctx context.Context, s streams, listening func(net.A
 		return err
 	}
 
-	grpcListener, err := net.Listen("tcp", c.ListenAddress)
-	if err != nil {
-		return fmt.Errorf("BROKER_LISTEN_ADDRESS (--listen-address): %w", err)
-	}
-	opsListener, err := net.Listen("tcp", c.MetricsAddress)
-	if err != nil {
-		return errors.Join(fmt.Errorf("BROKER_METRICS_ADDRESS (--metrics-address): %w", err), grpcListener.Close())
-	}
 	ops := newOperations(metrics, heart.Check)
 
 	group, groupCtx := errgroup.WithContext(ctx)
@@ -135,18 +149,25 @@ func (c serveCommand) serve(ctx context.Context, s streams, listening func(net.A
 	return err
 }
 
-// openVault opens the store that the settings name.
+// listen takes connections from now on; what they ask waits until somebody serves.
+func listen(setting, address string) (net.Listener, error) {
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w; set it to a free address of this machine, such as 127.0.0.1:7443", setting, err)
+	}
+	return l, nil
+}
+
+// openVault opens the store that the settings name, which check has judged.
 func (c serveCommand) openVault(log *slog.Logger) (vault.Vault, error) {
-	switch c.SecretStoreProvider {
-	case "embedded":
-		if c.DataDir == "" {
-			return nil, errors.New("BROKER_DATA_DIR (--data-dir) is not set: set it to the folder of the embedded store")
-		}
-		return embedded.Open(embedded.Config{Dir: c.DataDir, KeyFile: c.EmbeddedKeyFile, Retention: c.EmbeddedRetention, Logger: log})
-	case "", "noop":
+	if c.SecretStoreProvider != "embedded" {
 		return noop.New(log), nil
 	}
-	return nil, errors.New("SECRET_STORE_PROVIDER (--secret-store-provider) is not one of the stores: set it to embedded or noop")
+	store, err := embedded.Open(embedded.Config{Dir: c.DataDir, KeyFile: c.EmbeddedKeyFile, Retention: c.EmbeddedRetention, Logger: log})
+	if err != nil {
+		return nil, fmt.Errorf("BROKER_DATA_DIR (--data-dir), BROKER_EMBEDDED_KEY_FILE (--embedded-key-file): %w", err)
+	}
+	return store, nil
 }
 
 func logStore(log *slog.Logger, info vault.Info) {

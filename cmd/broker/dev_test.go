@@ -1,0 +1,196 @@
+package main
+
+import (
+	"crypto/x509"
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	secretsv1 "github.com/exto/secrets-broker/gen/exto/secrets/v1"
+	"github.com/exto/secrets-broker/internal/pki"
+)
+
+func TestDevFolder(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	p := devIn(t, dir)
+	private := map[string]bool{"store.db": true, "store.key": true}
+	want := []string{".gitignore", "ca-key.pem", "ca.pem", "console-api-key.pem", "console-api.pem", "instance-demo-key.pem", "instance-demo.pem",
+		"operator-key.pem", "operator.pem", "policy.yaml", "server-key.pem", "server.pem", "store.db", "store.key", "worker-key.pem", "worker.pem"}
+	entries := must2(os.ReadDir(filepath.Join(dir, devDir)))(t)
+	var got []string
+	for _, e := range entries {
+		got = append(got, e.Name())
+		info := must2(e.Info())(t)
+		if (private[e.Name()] || strings.HasSuffix(e.Name(), "-key.pem")) && info.Mode().Perm() != 0o600 {
+			t.Errorf("%s has mode %v, want 0600", e.Name(), info.Mode())
+		}
+	}
+	if strings.Join(got, " ") != strings.Join(want, " ") {
+		t.Errorf("got files %v, want %v", got, want)
+	}
+	if ignore := must2(os.ReadFile(filepath.Join(dir, devDir, ".gitignore")))(t); strings.TrimSpace(string(ignore)) != "*" {
+		t.Errorf("got .gitignore %q, want *", ignore)
+	}
+	ctx := callContext(t)
+	made := must2(p.as("console-api").PutSecret(ctx, &secretsv1.PutSecretRequest{Ref: ref("demo", uriKind), Value: "postgres://h/db"}))(t)
+
+	// Again on the same folder: the same CA, store and key, and what a person
+	// changed in the policy.
+	policy := filepath.Join(dir, devDir, "policy.yaml")
+	edited := append(must2(os.ReadFile(policy))(t), "# mine\n"...)
+	if err := os.WriteFile(policy, edited, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	ca := must2(os.ReadFile(filepath.Join(dir, devDir, "ca.pem")))(t)
+	p.kill()
+	p = devIn(t, dir)
+	out := must2(p.as("worker").GetSecret(ctx, &secretsv1.GetSecretRequest{Ref: ref("demo", uriKind)}))(t)
+	if out.GetMetadata().GetVersion() != made.GetMetadata().GetVersion() {
+		t.Errorf("got %v, want what was put before", out.GetMetadata())
+	}
+	if string(must2(os.ReadFile(filepath.Join(dir, devDir, "ca.pem")))(t)) != string(ca) || string(must2(os.ReadFile(policy))(t)) != string(edited) {
+		t.Error("the CA or the policy was replaced")
+	}
+}
+
+// must2 is must for calls with two results.
+func must2[T any](result T, err error) func(*testing.T) T {
+	return func(t *testing.T) T {
+		t.Helper()
+		return must(t, result, err)
+	}
+}
+
+func TestDevCertificates(t *testing.T) {
+	t.Parallel()
+	dir, now := t.TempDir(), time.Now()
+	if err := ensureCertificates(dir, now); err != nil {
+		t.Fatal(err)
+	}
+	load := func(name string) pki.Pair {
+		t.Helper()
+		return must2(pki.Load(pairFiles(dir, name)))(t)
+	}
+	ca, server, worker := load("ca"), load("server"), load("worker")
+	if life := ca.Cert.NotAfter.Sub(now); life < 3640*24*time.Hour || !ca.Cert.IsCA {
+		t.Errorf("got a CA for %v, want 10 years", life)
+	}
+	for _, name := range []string{"localhost", "127.0.0.1", "::1"} {
+		if err := server.Cert.VerifyHostname(name); err != nil {
+			t.Error(err)
+		}
+	}
+	for leaf, id := range map[string]string{"server": "broker", "console-api": "console-api", "worker": "worker", "operator": "operator", "instance-demo": "instance/demo"} {
+		cert := load(leaf).Cert
+		if len(cert.URIs) != 1 || cert.URIs[0].String() != "spiffe://console.exto/"+id {
+			t.Errorf("%s: got %v", leaf, cert.URIs)
+		}
+		if cert.Subject.String() == ca.Cert.Subject.String() {
+			t.Errorf("%s has the CA's name", leaf)
+		}
+		if life := cert.NotAfter.Sub(now).Round(time.Hour); life != 30*24*time.Hour {
+			t.Errorf("%s lives %v, want 30 days", leaf, life)
+		}
+	}
+	same := func(later time.Duration) bool {
+		t.Helper()
+		if err := ensureCertificates(dir, now.Add(later)); err != nil {
+			t.Fatal(err)
+		}
+		return load("worker").Cert.Equal(worker.Cert)
+	}
+	if !same(28 * 24 * time.Hour) {
+		t.Error("renewed with two days left")
+	}
+	if same(29*24*time.Hour + time.Minute) {
+		t.Error("not renewed with under a day left")
+	}
+	if err := load("worker").Cert.CheckSignatureFrom(ca.Cert); err != nil {
+		t.Errorf("renewed by another CA: %v", err)
+	}
+	foreign := must2(pki.NewCA("foreign", now, time.Hour))(t)
+	stray := must2(foreign.Issue(x509.Certificate{}, now, 30*24*time.Hour))(t)
+	if err := writePair(dir, "worker", stray); err != nil {
+		t.Fatal(err)
+	}
+	if err := ensureCertificates(dir, now); err != nil {
+		t.Fatal(err)
+	}
+	if err := load("worker").Cert.CheckSignatureFrom(ca.Cert); err != nil {
+		t.Errorf("a certificate of another CA was kept: %v", err)
+	}
+}
+
+// TestPrintedCalls pastes what dev prints into a shell, as the README shows it.
+func TestPrintedCalls(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	root := must2(filepath.Abs("../.."))(t)
+	for _, name := range []string{"proto", "tools", "go.mod", "go.sum"} { // a clone, as far as grpcurl needs it
+		if err := os.Symlink(filepath.Join(root, name), filepath.Join(dir, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p := devIn(t, dir)
+	p.out.await(regexp.MustCompile(`/RecoverSecret\n`))
+	var answers []map[string]any
+	for line := range strings.Lines(p.out.String()) {
+		if !strings.HasPrefix(line, "go ") {
+			continue
+		}
+		if !strings.HasPrefix(line, "go tool -modfile=tools/go.mod grpcurl ") || !strings.Contains(line, "-import-path proto") {
+			t.Errorf("got line %q", line)
+		}
+		cmd := exec.Command("sh", "-c", line)
+		cmd.Dir = dir
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			t.Fatalf("%s: %v\n%s", line, err, out)
+		}
+		var answer map[string]any
+		if err := json.Unmarshal(out, &answer); err != nil {
+			t.Fatalf("%s: %v\n%s", line, err, out)
+		}
+		answers = append(answers, answer)
+	}
+	if len(answers) != 7 {
+		t.Fatalf("got %d calls, want 7", len(answers))
+	}
+	at := func(answer int, path ...string) any {
+		var v any = answers[answer]
+		for _, p := range path {
+			m, _ := v.(map[string]any)
+			v = m[p]
+		}
+		return v
+	}
+	for _, want := range []struct {
+		answer int
+		path   string
+		value  any
+	}{
+		{0, "metadata.key", "instance-demo-dburi"}, {0, "metadata.generation", "1"}, {0, "metadata.state", "SECRET_STATE_ACTIVE"},
+		{0, "metadata.createdBy", "spiffe://console.exto/console-api"},
+		{1, "value", "mongodb://app:correct-horse@db-7:27017/orders"}, {1, "freshness.source", "FRESHNESS_SOURCE_LIVE"},
+		{2, "metadata.key", "instance-demo"},
+		{3, "redactedValue", "mongodb://app:***@db-7:27017/orders"},
+		{4, "metadata.state", "SECRET_STATE_DELETED"},
+		{6, "metadata.state", "SECRET_STATE_ACTIVE"},
+	} {
+		if got := at(want.answer, strings.Split(want.path, ".")...); got != want.value {
+			t.Errorf("call %d: got %s %v, want %v", want.answer+1, want.path, got, want.value)
+		}
+	}
+	if token, _ := at(2, "value").(string); !regexp.MustCompile(`^exto_rt_[A-Za-z0-9_-]{43}_[0-9A-Za-z]{6}$`).MatchString(token) {
+		t.Error("got no token of the broker's form")
+	}
+	if listed, _ := at(5, "secrets").([]any); len(listed) != 2 {
+		t.Errorf("got %v, want both secrets", listed)
+	}
+}

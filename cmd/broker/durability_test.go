@@ -1,0 +1,255 @@
+package main
+
+import (
+	"context"
+	"encoding/base64"
+	"encoding/hex"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc/status"
+
+	secretsv1 "github.com/exto/secrets-broker/gen/exto/secrets/v1"
+)
+
+// told is the reason and the commit state of an error.
+func told(err error) (reason, commit string) {
+	for _, d := range status.Convert(err).Details() {
+		if info, ok := d.(*errdetails.ErrorInfo); ok {
+			return info.GetReason(), info.GetMetadata()["commit_state"]
+		}
+	}
+	return "", ""
+}
+
+// TestKilledInTheMiddleOfWrites kills the process 20 times under concurrent
+// writers, who retry with the same request id, as the contract tells them to.
+func TestKilledInTheMiddleOfWrites(t *testing.T) {
+	t.Parallel()
+	const kills, writers = 20, 8
+	dir, ctx := t.TempDir(), callContext(t)
+	type written struct{ version, value string }
+	var (
+		mu    sync.Mutex
+		acked = map[string][]written{} // per instance, in order of generations
+		open  = make([]*secretsv1.PutSecretRequest, writers)
+	)
+	for range kills {
+		p := devIn(t, dir)
+		c := p.as("console-api")
+		enough := make(chan struct{})
+		var count int
+		var wg sync.WaitGroup
+		for w := range writers {
+			wg.Go(func() {
+				id := fmt.Sprintf("w%d", w%4) // two writers for each secret
+				for {
+					if open[w] == nil {
+						open[w] = &secretsv1.PutSecretRequest{Ref: ref(id, oidcKind), Value: "value-" + uuid.NewString(), RequestId: uuid.NewString()}
+					}
+					out, err := c.PutSecret(ctx, open[w])
+					if err != nil {
+						return // killed: the next process gets the same request again
+					}
+					mu.Lock()
+					acked[id] = append(acked[id], written{out.GetMetadata().GetVersion(), open[w].GetValue()})
+					if count++; count == 40 {
+						close(enough)
+					}
+					mu.Unlock()
+					open[w] = nil
+				}
+			})
+		}
+		<-enough
+		p.kill()
+		wg.Wait()
+	}
+	p := devIn(t, dir)
+	c := p.as("console-api")
+	for id, writes := range acked {
+		described := must2(c.DescribeSecret(ctx, &secretsv1.DescribeSecretRequest{Ref: ref(id, oidcKind)}))(t)
+		generations := map[int64]bool{}
+		for _, v := range described.GetVersions() {
+			if generations[v.GetGeneration()] || v.GetGeneration() < 1 || v.GetGeneration() > int64(len(described.GetVersions())) {
+				t.Errorf("%s: generation %d is double or beyond the %d versions", id, v.GetGeneration(), len(described.GetVersions()))
+			}
+			generations[v.GetGeneration()] = true
+			must2(c.GetSecret(ctx, &secretsv1.GetSecretRequest{Ref: ref(id, oidcKind), Version: v.GetVersion()}))(t) // it opens
+		}
+		versions := map[string]bool{}
+		for _, w := range writes {
+			if versions[w.version] {
+				t.Errorf("%s: version %s was acknowledged twice", id, w.version)
+			}
+			versions[w.version] = true
+			got := must2(c.GetSecret(ctx, &secretsv1.GetSecretRequest{Ref: ref(id, oidcKind), Version: w.version}))(t)
+			if got.GetValue() != w.value {
+				t.Errorf("%s: version %s does not hold the value that was acknowledged", id, w.version)
+			}
+		}
+	}
+}
+
+func TestRotateAcrossAKill(t *testing.T) {
+	t.Parallel()
+	dir, ctx := t.TempDir(), callContext(t)
+	p := devIn(t, dir)
+	id, r := uuid.NewString(), ref("demo", tokenKind)
+	rotate := func() (*secretsv1.RotateSecretResponse, error) {
+		return p.as("console-api").RotateSecret(ctx, &secretsv1.RotateSecretRequest{Ref: r, AllowMissing: true, RequestId: id})
+	}
+	again := func() {
+		t.Helper()
+		p.kill()
+		p = devIn(t, dir)
+	}
+	first := must2(rotate())(t).GetValue()
+	again()
+	for n := range 9 {
+		if got := must2(rotate())(t).GetValue(); got != first {
+			t.Fatalf("after %d puts and a kill: got another token", n)
+		}
+		must2(p.as("worker").PutSecret(ctx, &secretsv1.PutSecretRequest{Ref: r, Value: fmt.Sprint("put-", n)}))(t)
+		if n == 7 {
+			again()
+		}
+	}
+	if got := must2(rotate())(t).GetValue(); got == first {
+		t.Error("after nine puts: got the same token, want a new one")
+	}
+	must2(p.as("worker").RotateSecret(ctx, &secretsv1.RotateSecretRequest{Ref: r}))(t)
+	again()
+	_, err := rotate()
+	if reason, commit := told(err); reason != "VERSION_EXPIRED" || commit != "APPLIED" {
+		t.Errorf("after a further rotate: got %v, want VERSION_EXPIRED with APPLIED", err)
+	}
+}
+
+// forms are the ways in which a value could stand somewhere.
+func forms(value string) []string {
+	all := []string{value, hex.EncodeToString([]byte(value)), strings.ToUpper(hex.EncodeToString([]byte(value)))}
+	for pad := range 3 { // wherever in the encoded text it begins
+		encoded := base64.RawStdEncoding.EncodeToString([]byte(strings.Repeat("x", pad) + value))
+		inner := encoded[4 : len(encoded)-4]
+		all = append(all, inner, strings.NewReplacer("+", "-", "/", "_").Replace(inner))
+	}
+	return all
+}
+
+func TestNoValueIsLeftBehind(t *testing.T) {
+	t.Parallel()
+	dir, ctx := t.TempDir(), callContext(t)
+	p := devIn(t, dir)
+	c := p.as("console-api")
+	canary := "canary" + strings.ReplaceAll(uuid.NewString(), "-", "")
+	var texts strings.Builder
+	try := func(err error) {
+		if err != nil {
+			fmt.Fprintf(&texts, "%v %v\n", err, status.Convert(err).Proto())
+		}
+	}
+	put := func(id string, kind secretsv1.SecretKind, value string) {
+		_, err := c.PutSecret(ctx, &secretsv1.PutSecretRequest{Ref: ref(id, kind), Value: value})
+		try(err)
+		_, err = c.RotateSecret(ctx, &secretsv1.RotateSecretRequest{Ref: ref(id, kind), NewValue: value})
+		try(err)
+		_, err = c.GetSecret(ctx, &secretsv1.GetSecretRequest{Ref: ref(id, kind)})
+		try(err)
+		_, err = c.DeleteSecret(ctx, &secretsv1.DeleteSecretRequest{Ref: ref(id, kind)})
+		try(err)
+	}
+	put("demo", tokenKind, canary)
+	put("demo", uriKind, "mongodb://app:"+canary+"@db/orders?password="+canary)
+	put("demo", oidcKind, canary)
+	token := must2(c.RotateSecret(ctx, &secretsv1.RotateSecretRequest{Ref: ref("other", tokenKind), AllowMissing: true}))(t).GetValue()
+	// Refused as bad input, and values that strayed into other fields.
+	put("bad", tokenKind, "exto_rt_"+canary)
+	put("bad", tokenKind, canary+" with a space")
+	put("bad", uriKind, canary)
+	put("bad", uriKind, "mysql://app:"+canary+"@db/orders")
+	put("bad", oidcKind, canary+"\n"+strings.Repeat(canary, 1000))
+	put(canary+"-dburi", tokenKind, "abc")
+	put(strings.ToUpper(canary), tokenKind, "abc")
+	_, err := c.PutSecret(ctx, &secretsv1.PutSecretRequest{Ref: ref("bad", oidcKind), Value: "x", RequestId: canary})
+	try(err)
+	_, err = c.ListSecrets(ctx, &secretsv1.ListSecretsRequest{PageToken: canary})
+	try(err)
+	if !strings.Contains(texts.String(), "INVALID_VALUE") {
+		t.Fatal("nothing was refused")
+	}
+	p.kill()
+
+	places := map[string]string{"standard output": p.out.String(), "the log": p.err.String(), "the errors": texts.String()}
+	err = filepath.WalkDir(filepath.Join(dir, devDir), func(path string, entry fs.DirEntry, err error) error {
+		if err != nil || entry.IsDir() {
+			return err
+		}
+		data, err := os.ReadFile(path)
+		places[path] = string(data)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, secret := range []string{canary, token} {
+		for _, form := range forms(secret) {
+			for place, text := range places {
+				if strings.Contains(text, form) {
+					t.Errorf("a value stands in %s", place)
+				}
+			}
+		}
+	}
+}
+
+func TestFullDisk(t *testing.T) {
+	t.Parallel()
+	dir, ctx := t.TempDir(), callContext(t)
+	devIn(t, dir).kill() // makes the folder
+	// A limit on the size of files is met like the end of the disk. The store
+	// begins below it.
+	p := launch(t, dir, nil, "sh", "-c", fmt.Sprintf("ulimit -f %d; exec %s dev --listen-address=127.0.0.1:0 --metrics-address=127.0.0.1:0", 17<<20/512, binary))
+	p.listen()
+	c := p.as("console-api")
+	value := strings.Repeat("0123456789", 400)
+	var last *secretsv1.SecretMetadata
+	var refused error
+	for n := 0; refused == nil && n < 20_000; n += 64 {
+		var wg sync.WaitGroup
+		var mu sync.Mutex
+		for range 64 {
+			wg.Go(func() {
+				out, err := c.PutSecret(ctx, &secretsv1.PutSecretRequest{Ref: ref("i"+uuid.NewString(), oidcKind), Value: value})
+				mu.Lock()
+				defer mu.Unlock()
+				if err != nil {
+					refused = err
+				} else {
+					last = out.GetMetadata()
+				}
+			})
+		}
+		wg.Wait()
+	}
+	if reason, commit := told(refused); reason != "VAULT_UNAVAILABLE" || commit != "NOT_APPLIED" {
+		t.Fatalf("got %v, want VAULT_UNAVAILABLE with NOT_APPLIED", refused)
+	}
+	short, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	out, err := c.GetSecret(short, &secretsv1.GetSecretRequest{Ref: last.GetRef()})
+	if err != nil || out.GetValue() != value {
+		t.Errorf("a read after it: got %v, %v, want the value", out.GetMetadata(), err)
+	}
+	p.kill()
+	p = devIn(t, dir) // with room again
+	must2(p.as("console-api").PutSecret(ctx, &secretsv1.PutSecretRequest{Ref: last.GetRef(), Value: "another"}))(t)
+}
