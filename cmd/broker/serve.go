@@ -153,7 +153,7 @@ func (c serveCommand) serve(ctx context.Context, s streams, listening func(net.A
 func listen(setting, address string) (net.Listener, error) {
 	l, err := net.Listen("tcp", address)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w; set it to a free address of this machine, such as 127.0.0.1:7443", setting, err)
+		return nil, fmt.Errorf("%s: %w; set it to an address of this machine that is free", setting, err)
 	}
 	return l, nil
 }
