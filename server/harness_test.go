@@ -117,12 +117,18 @@ type system struct {
 func startSystem(t *testing.T) *system {
 	t.Helper()
 	s := newSystem(t)
+	s.startEmbedded()
+	return s
+}
+
+// startEmbedded is startSystem for a system that was changed before.
+func (s *system) startEmbedded() {
+	s.t.Helper()
 	store, err := embedded.Open(embedded.Config{Dir: filepath.Join(s.dir, "data"), Now: s.clock.Now, Logger: s.logger()})
 	if err != nil {
-		t.Fatal(err)
+		s.t.Fatal(err)
 	}
 	s.startOn(store)
-	return s
 }
 
 func newSystem(t *testing.T) *system {

@@ -266,9 +266,8 @@ func parseYAML(data []byte) (*yaml.Node, error) {
 	in := &lineReader{rest: data}
 	dec := yaml.NewDecoder(in)
 	var doc, second yaml.Node
-	if err := dec.Decode(&doc); errors.Is(err, io.EOF) {
-		return nil, errors.New("line 1: the file is empty: accepted is a policy with the keys trust_domain, rules")
-	} else if err != nil {
+	err := dec.Decode(&doc)
+	if err != nil && !errors.Is(err, io.EOF) {
 		return nil, in.syntaxError(err)
 	}
 	if err := dec.Decode(&second); err == nil {
@@ -276,7 +275,16 @@ func parseYAML(data []byte) (*yaml.Node, error) {
 	} else if !errors.Is(err, io.EOF) {
 		return nil, in.syntaxError(err)
 	}
+	if errors.Is(err, io.EOF) || isNothing(doc.Content[0]) {
+		return nil, errors.New("line 1: the file is empty: accepted is a policy with the keys trust_domain, rules")
+	}
 	return doc.Content[0], refuseAnchors(&doc)
+}
+
+// isNothing reports whether n is the content of a document that has none, such as
+// ---. Its line is that of the end, which the file may not have.
+func isNothing(n *yaml.Node) bool {
+	return n.Kind == yaml.ScalarNode && n.Value == "" && n.Style == 0 && n.Anchor == ""
 }
 
 // refuseAnchors keeps to what stands where it is read: a rule that is written

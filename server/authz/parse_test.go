@@ -28,7 +28,9 @@ func TestParsePolicyRefuses(t *testing.T) {
 	}{
 		{"empty file", "", 1, []string{"empty", "trust_domain", "rules"}},
 		{"comments only", "# nothing\n\n", 1, []string{"empty", "trust_domain", "rules"}},
-		{"empty document", "---\n", 2, []string{"trust_domain", "rules"}},
+		{"empty document", "---\n", 1, []string{"empty", "trust_domain", "rules"}},
+		{"empty document without line feed", "---", 1, []string{"empty"}},
+		{"null document", "--- ~", 1, []string{"mapping"}},
 		{"a list", "- x\n", 1, []string{"mapping", "trust_domain", "rules"}},
 		{"a word", "x\n", 1, []string{"mapping", "trust_domain", "rules"}},
 		{"tagged mapping", "!policy\ntrust_domain: a.b\nrules: []\n", 1, []string{"mapping"}},

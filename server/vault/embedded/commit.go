@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -14,38 +15,55 @@ import (
 	"github.com/exto/secrets-broker/server/vault"
 )
 
-// committer is the one that writes: a goroutine that takes whatever waits,
-// applies it in one transaction and answers each. Nobody waits for company, and
-// all who came during a commit share the next one.
+// committer lets one caller at a time write: it takes whatever waits, its own
+// change among it, applies all in one transaction and answers each. There is no
+// timer and no goroutine between a caller and its commit: a lone one waits for
+// nobody, and all who come during a commit share the next.
 type committer struct {
 	mu      sync.Mutex
-	arrived sync.Cond
 	queue   []*write // bounded by its callers: each waits for its own
+	busy    bool     // somebody writes, or was told to
+	idle    sync.Cond
 	closing bool
 
 	// unsettled: a commit failed so late that readers see it although it may not
 	// be on disk. The next commit that succeeds puts it there.
 	unsettled atomic.Bool
 
-	// Of the committer's goroutine, and of shutDown after it has ended:
+	// Of the one that writes, and of shutDown when nobody does:
 
 	commitTx func(*bbolt.Tx) error
 	broken   error // set for good when bbolt's state in memory can't be trusted
 	stuck    bool  // a transaction could not be ended
 	failing  bool  // the last commit failed, and the log knows
+	lastID   int   // of the last commit; 0 after one of unknown outcome
 }
 
 func (c *committer) init() {
-	c.arrived.L = &c.mu
+	c.idle.L = &c.mu
 	c.commitTx = (*bbolt.Tx).Commit
 }
 
-// stop makes the goroutine end once the queue is empty.
+// stop refuses new changes and waits for those under way.
 func (c *committer) stop() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.closing = true
-	c.arrived.Signal()
+	for c.busy {
+		c.idle.Wait()
+	}
+}
+
+// passOn makes the first in the queue the one that writes. The caller holds mu
+// and writes no more.
+func (c *committer) passOn() {
+	c.busy = len(c.queue) > 0
+	if !c.busy {
+		c.idle.Broadcast()
+		return
+	}
+	c.queue[0].leads = true
+	close(c.queue[0].lead)
 }
 
 // write is one caller's change.
@@ -55,6 +73,8 @@ type write struct {
 	apply func(*writer) error
 	err   error
 	done  chan error
+	lead  chan struct{} // closed when it is this caller's turn to write
+	leads bool          // the same, under the committer's mu
 }
 
 // writer is the transaction of a commit.
@@ -71,46 +91,51 @@ type writer struct {
 // its change is still in the queue takes it out again; afterwards it waits, since
 // only the outcome is an answer.
 func (s *Store) write(ctx context.Context, apply func(*writer) error) error {
-	w := &write{apply: apply, done: make(chan error, 1)}
+	w := &write{apply: apply, done: make(chan error, 1), lead: make(chan struct{})}
 	s.mu.Lock()
 	if s.closing {
 		s.mu.Unlock()
 		return s.unavailable(errClosed)
 	}
 	s.queue = append(s.queue, w)
-	s.arrived.Signal()
+	if !s.busy {
+		s.passOn()
+	}
 	s.mu.Unlock()
 	select {
 	case err := <-w.done:
 		return err
+	case <-w.lead:
 	case <-ctx.Done():
+		s.mu.Lock()
+		at := slices.Index(s.queue, w)
+		if at >= 0 {
+			s.queue = slices.Delete(s.queue, at, at+1)
+			if w.leads {
+				s.passOn()
+			}
+		}
+		s.mu.Unlock()
+		if at >= 0 {
+			return ctx.Err()
+		}
+		return <-w.done
+	}
+	// Those whom the last commit has just answered may come at once with their
+	// next: let them run first if they can, the disk is what costs. With nobody
+	// else about this takes no time.
+	for range 4 {
+		runtime.Gosched()
 	}
 	s.mu.Lock()
-	at := slices.Index(s.queue, w)
-	if at >= 0 {
-		s.queue = slices.Delete(s.queue, at, at+1)
-	}
+	batch := s.queue
+	s.queue = nil
 	s.mu.Unlock()
-	if at >= 0 {
-		return ctx.Err()
-	}
+	s.commit(batch)
+	s.mu.Lock()
+	s.passOn()
+	s.mu.Unlock()
 	return <-w.done
-}
-
-func (s *Store) commitQueue() {
-	for {
-		s.mu.Lock()
-		for len(s.queue) == 0 && !s.closing {
-			s.arrived.Wait()
-		}
-		batch := s.queue
-		s.queue = nil
-		s.mu.Unlock()
-		if len(batch) == 0 {
-			return
-		}
-		s.commit(batch)
-	}
 }
 
 // commit applies and answers a batch.
@@ -144,15 +169,8 @@ func (s *Store) commit(batch []*write) {
 // attempt applies the batch in one transaction and commits it. When one of the
 // changes breaks, that one is the culprit, and nothing is committed.
 func (s *Store) attempt(batch []*write) (culprit int, err error) {
-	var tx *bbolt.Tx
-	err = guard(func() (err error) {
-		tx, err = s.db.Begin(true)
-		return err
-	})
+	tx, err := s.begin()
 	if err != nil {
-		if errors.Is(err, errPanic) {
-			s.breakDown(err, tx)
-		}
 		return -1, s.classify(err)
 	}
 	w := &writer{tx: tx, now: s.now()}
@@ -177,10 +195,34 @@ func (s *Store) attempt(batch []*write) (culprit int, err error) {
 	return -1, s.finish(tx)
 }
 
-// rollback ends a transaction of which nothing was written.
+// begin starts a transaction. When the file is not as the last commit left it, or
+// bbolt breaks, it is the last.
+func (s *Store) begin() (tx *bbolt.Tx, err error) {
+	if err := guard(s.alive); err != nil {
+		s.breakDown(err, false)
+		return nil, err
+	}
+	err = guard(func() (err error) {
+		tx, err = s.db.Begin(true)
+		return err
+	})
+	switch {
+	case errors.Is(err, errPanic):
+		s.dead.Store(true)
+		s.breakDown(err, true)
+	case err == nil && s.lastID != 0 && tx.ID() != s.lastID+1:
+		// bbolt's list of free pages is of another file, so to speak.
+		s.rollback(tx)
+		err = fmt.Errorf("%w: the file was written over", errPanic)
+		s.breakDown(err, false)
+	}
+	return tx, err
+}
+
+// rollback ends a transaction, whatever has become of it.
 func (s *Store) rollback(tx *bbolt.Tx) {
 	if err := guard(tx.Rollback); errors.Is(err, errPanic) {
-		s.breakDown(err, nil)
+		s.breakDown(err, true)
 	}
 }
 
@@ -191,29 +233,42 @@ func (s *Store) finish(tx *bbolt.Tx) error {
 	id := tx.ID()
 	err := guard(func() error { return s.commitTx(tx) })
 	if err == nil {
-		s.settled()
+		s.settled(id)
 		return nil
 	}
 	if errors.Is(err, errPanic) {
-		s.breakDown(err, tx)
+		s.breakDown(err, false)
+		s.rollback(tx)
 	}
 	err = s.classify(err)
 	s.failed(err)
-	switch seen, verr := s.lastCommit(); {
-	case verr == nil && seen < id:
+	seen, verr := s.visible()
+	if verr == nil && seen < id {
 		return err
-	case verr == nil && s.broken == nil && s.barrier() == nil:
-		s.settled()
-		return nil
 	}
+	if verr == nil && s.broken == nil {
+		// It is in the file and perhaps not on disk. Its pages were synced before
+		// its meta page was written; a commit of nothing has a meta page that
+		// refers to them too, and puts both on disk.
+		if tx, berr := s.begin(); berr == nil {
+			if berr = guard(func() error { return s.commitTx(tx) }); berr == nil {
+				s.settled(id + 1)
+				return nil
+			} else if errors.Is(berr, errPanic) {
+				s.breakDown(berr, false)
+				s.rollback(tx)
+			}
+		}
+	}
+	s.lastID = 0
 	s.unsettled.Store(true)
 	return vault.Uncertain(err)
 }
 
-// lastCommit is the id of the last transaction that readers see.
-func (s *Store) lastCommit() (id int, err error) {
-	if s.stuck {
-		return 0, s.broken
+// visible is the id of the last transaction that readers see.
+func (s *Store) visible() (id int, err error) {
+	if err := guard(s.alive); err != nil {
+		return 0, err
 	}
 	err = guard(func() error {
 		return s.db.View(func(tx *bbolt.Tx) error {
@@ -224,31 +279,11 @@ func (s *Store) lastCommit() (id int, err error) {
 	return id, err
 }
 
-// barrier commits nothing new. The pages of the commit before were synced before
-// its meta page was written, and this one's meta page refers to them too: after
-// it both are on disk.
-func (s *Store) barrier() error {
-	var tx *bbolt.Tx
-	err := guard(func() (err error) {
-		if tx, err = s.db.Begin(true); err != nil {
-			return err
-		}
-		return s.commitTx(tx)
-	})
-	if errors.Is(err, errPanic) {
-		s.breakDown(err, tx)
-	}
-	return err
-}
-
 // breakDown ends all writing for the life of the process: after a panic bbolt has
 // not cleaned up, and its free list in memory may be wrong. Reads go on if they
-// can; the next start checks the file. tx is ended if it can be; nil is one of
-// which only its lock remains.
-func (s *Store) breakDown(cause error, tx *bbolt.Tx) {
-	if tx == nil || errors.Is(guard(tx.Rollback), errPanic) {
-		s.stuck = true
-	}
+// can; the next start checks the file.
+func (s *Store) breakDown(cause error, stuck bool) {
+	s.stuck = s.stuck || stuck
 	if s.broken == nil {
 		s.broken = s.unavailable(fmt.Errorf("no more writes until a restart: %w", cause))
 	}
@@ -261,7 +296,8 @@ func (s *Store) failed(err error) {
 	}
 }
 
-func (s *Store) settled() {
+func (s *Store) settled(id int) {
+	s.lastID = id
 	s.unsettled.Store(false)
 	if s.failing {
 		s.failing = false

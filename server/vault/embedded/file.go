@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime"
 	"time"
 
 	"github.com/tink-crypto/tink-go/v2/tink"
@@ -134,10 +135,10 @@ func create(path string, primitive tink.AEAD) (err error) {
 }
 
 // openFile locks the store, checks all of it and opens it. Nothing is written.
-func openFile(path, keyPath string, primitive tink.AEAD) (_ *bbolt.DB, _ *os.File, err error) {
-	file, err := os.OpenFile(path, os.O_RDWR, 0)
+func (s *Store) openFile(keyPath string) (err error) {
+	file, err := os.OpenFile(s.path, os.O_RDWR, 0)
 	if err != nil {
-		return nil, nil, err
+		return err
 	}
 	defer func() {
 		if err != nil {
@@ -145,27 +146,35 @@ func openFile(path, keyPath string, primitive tink.AEAD) (_ *bbolt.DB, _ *os.Fil
 		}
 	}()
 	if err := flock(file); errors.Is(err, errLocked) {
-		return nil, nil, fmt.Errorf("%s is in use by another process", path)
+		return fmt.Errorf("%s is in use by another process", s.path)
 	} else if err != nil {
-		return nil, nil, fmt.Errorf("locking %s: %w", path, err)
+		return fmt.Errorf("locking %s: %w", s.path, err)
 	}
-	meta, err := verify(file)
+	if s.info, err = file.Stat(); err != nil {
+		return err
+	}
+	found, err := verify(file)
 	if err != nil {
-		return nil, nil, fmt.Errorf("%s: %w", path, err)
+		return fmt.Errorf("%s: %w", s.path, err)
 	}
-	check, err := primitive.Decrypt(meta.check, []byte(purposeCheck))
+	check, err := s.aead.Decrypt(found.check, []byte(purposeCheck))
 	if err != nil || string(check) != checkText {
-		return nil, nil, fmt.Errorf("%s does not open %s: it is the key of another store", keyPath, path)
+		return fmt.Errorf("%s does not open %s: it is the key of another store", keyPath, s.path)
 	}
-	var db *bbolt.DB
+	if s.metas, err = unix.Mmap(int(file.Fd()), 0, 2*found.pageSize, unix.PROT_READ, unix.MAP_SHARED); err != nil {
+		return fmt.Errorf("mapping %s: %w", s.path, err)
+	}
+	// When nobody can touch them any more, rather than at Close.
+	runtime.AddCleanup(s, func(metas []byte) { _ = unix.Munmap(metas) }, s.metas)
+	s.file, s.lastID = file, int(found.txid)
 	err = guard(func() (err error) {
-		db, err = bbolt.Open(path, 0o600, boltOptions(file))
+		s.db, err = bbolt.Open(s.path, 0o600, boltOptions(file))
 		return err
 	})
 	if err != nil {
-		return nil, nil, fmt.Errorf("opening %s: %w", path, err)
+		return fmt.Errorf("opening %s: %w", s.path, err)
 	}
-	return db, file, nil
+	return nil
 }
 
 // boltOptions make bbolt use a file that is open and locked already: between the

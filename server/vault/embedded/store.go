@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/uuid"
@@ -55,9 +56,11 @@ type Store struct {
 	db         *bbolt.DB
 	file       *os.File // that db uses
 	info       os.FileInfo
+	metas      []byte      // our own map of the file's first two pages; see alive
+	dead       atomic.Bool // bbolt's locks are held for ever
 	logDamage  sync.Once
 	stopSweeps context.CancelFunc
-	workers    sync.WaitGroup // the committer and the sweeper
+	sweeper    sync.WaitGroup
 	close      func() error
 
 	committer
@@ -98,18 +101,14 @@ func Open(cfg Config) (*Store, error) {
 	if s.aead, err = prepare(cfg.Dir, s.path, keyPath, s.log); err != nil {
 		return nil, fmt.Errorf("embedded store: %w", err)
 	}
-	if s.db, s.file, err = openFile(s.path, keyPath, s.aead); err != nil {
+	if err := s.openFile(keyPath); err != nil {
 		return nil, fmt.Errorf("embedded store: %w", err)
-	}
-	if s.info, err = s.file.Stat(); err != nil {
-		return nil, fmt.Errorf("embedded store: %w", errors.Join(err, s.db.Close()))
 	}
 
 	s.committer.init()
-	s.workers.Go(s.commitQueue)
 	ctx, cancel := context.WithCancel(context.Background())
 	s.stopSweeps = cancel
-	s.workers.Go(func() { s.sweepHourly(ctx) })
+	s.sweeper.Go(func() { s.sweepHourly(ctx) })
 	s.close = sync.OnceValue(s.shutDown)
 	return s, nil
 }
@@ -120,9 +119,9 @@ func (s *Store) Close() error { return s.close() }
 
 func (s *Store) shutDown() error {
 	s.stopSweeps()
+	s.sweeper.Wait()
 	s.committer.stop()
-	s.workers.Wait()
-	if s.stuck {
+	if s.stuck || s.dead.Load() {
 		// bbolt's own Close would wait for ever for the broken transaction. The
 		// lock goes with the file, the memory map with the process.
 		return s.file.Close()
@@ -384,10 +383,37 @@ func (s *Store) view(ctx context.Context, fn func(tx *bbolt.Tx) error) error {
 			return s.unavailable(errors.New("the last commit is not known to be on disk"))
 		}
 	}
-	return s.classify(guard(func() error { return s.db.View(fn) }))
+	err := guard(s.alive)
+	if err == nil {
+		var begun bool
+		err = guard(func() error {
+			return s.db.View(func(tx *bbolt.Tx) error {
+				begun = true
+				return fn(tx)
+			})
+		})
+		if !begun && errors.Is(err, errPanic) {
+			s.dead.Store(true)
+		}
+	}
+	return s.classify(err)
 }
 
-// errPanic is a panic of bbolt, or a fault in its memory map.
+// alive looks whether bbolt can begin a transaction. It reads the meta pages with
+// its locks held and does not give them back when that fails, as it does when the
+// file was cut or written over, with cp say: every call would hang. So we read
+// them first.
+func (s *Store) alive() error {
+	if s.dead.Load() {
+		return errors.New("no more calls until a restart")
+	}
+	if !metaSound(s.metas, 0) && !metaSound(s.metas[len(s.metas)/2:], 1) {
+		return fmt.Errorf("%w: the file was written over", errPanic)
+	}
+	return nil
+}
+
+// errPanic is a panic of bbolt, or a fault in mapped memory.
 var errPanic = errors.New("broken")
 
 // guard runs fn and makes an error of its panic. bbolt panics when a page is not

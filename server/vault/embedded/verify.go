@@ -21,6 +21,7 @@ const (
 
 	pageBranch   = 0x01
 	pageLeaf     = 0x02
+	pageMeta     = 0x04
 	pageFreelist = 0x10
 
 	leafBucket = 0x01 // an element's flag
@@ -32,9 +33,11 @@ const (
 	maxDepth = 64 // of a tree; no store comes near it
 )
 
-// contents is what verify found in the table meta.
+// contents is what verify found.
 type contents struct {
-	check []byte
+	pageSize int
+	txid     uint64 // of the last commit
+	check    []byte // the record of the key
 }
 
 // verify reads the whole file and reports the first thing in it that is not as
@@ -78,15 +81,17 @@ type image struct {
 	pages    uint64 // high-water mark: no page from here on is in use
 	freelist uint64
 	root     uint64
+	txid     uint64
 	used     []uint64 // a bit for each page that something refers to
 }
 
 // page is a page, or the inline page in a bucket's entry.
 type page struct {
-	id    uint64
-	data  []byte // with its overflow
-	flags uint16
-	count int
+	id       uint64
+	data     []byte // with its overflow
+	flags    uint16
+	count    int
+	overflow uint32 // pages that follow
 }
 
 func (p page) bad(what string) error { return fmt.Errorf("page %d: %s", p.id, what) }
@@ -129,7 +134,7 @@ func (im *image) verify(c *contents) error {
 	if f[0] > format {
 		return fmt.Errorf("format %d, %w: this one reads format %d", f[0], errFormat, format)
 	}
-	c.check = found[string(metaCheck)]
+	c.check, c.pageSize, c.txid = found[string(metaCheck)], int(im.pageSize), im.txid
 	for _, name := range []string{tableLive, tableDeleted, tableVersions} {
 		if err := im.walkTable(name, buckets, nil); err != nil {
 			return err
@@ -148,23 +153,19 @@ func (im *image) readMeta() error {
 	if len(im.data) < pageHeader+metaSummed+8 {
 		return errors.New("cut off")
 	}
+	u64 := binary.LittleEndian.Uint64
 	pageSize := uint64(binary.LittleEndian.Uint32(im.data[pageHeader+8:]))
-	var newest uint64
 	for n := range uint64(2) {
-		at := n*pageSize + pageHeader
-		if at+metaSummed+8 > uint64(len(im.data)) {
+		at := n * pageSize
+		if at+pageHeader+metaSummed+8 > uint64(len(im.data)) {
 			return errors.New("cut off, or the first meta page is damaged")
 		}
-		m := im.data[at : at+metaSummed+8]
-		h := fnv.New64a()
-		_, _ = h.Write(m[:metaSummed])
-		u64 := binary.LittleEndian.Uint64
-		if binary.LittleEndian.Uint32(m) != boltMagic || binary.LittleEndian.Uint32(m[4:]) != boltVersion || u64(m[metaSummed:]) != h.Sum64() {
-			return fmt.Errorf("meta page %d has a wrong checksum", n)
+		if !metaSound(im.data[at:], n) {
+			return fmt.Errorf("meta page %d is not what was written there", n)
 		}
-		if txid := u64(m[48:]); n == 0 || txid > newest {
-			newest = txid
-			im.root, im.freelist, im.pages = u64(m[16:]), u64(m[32:]), u64(m[40:])
+		m := im.data[at+pageHeader:]
+		if txid := u64(m[48:]); n == 0 || txid > im.txid {
+			im.root, im.freelist, im.pages, im.txid = u64(m[16:]), u64(m[32:]), u64(m[40:]), txid
 		}
 	}
 	im.pageSize = pageSize
@@ -173,6 +174,16 @@ func (im *image) readMeta() error {
 	}
 	im.used = make([]uint64, im.pages/64+1)
 	return nil
+}
+
+// metaSound reports whether data begins with meta page n as bbolt writes it.
+func metaSound(data []byte, n uint64) bool {
+	u32, u64 := binary.LittleEndian.Uint32, binary.LittleEndian.Uint64
+	p, m := parsePage(data), data[pageHeader:]
+	h := fnv.New64a()
+	_, _ = h.Write(m[:metaSummed])
+	return p.id == n && p.flags == pageMeta && u32(m) == boltMagic && u32(m[4:]) == boltVersion &&
+		u64(m[48:])%2 == n && u64(m[metaSummed:]) == h.Sum64()
 }
 
 // take marks a page as referred to. A second reference would let bbolt free or
@@ -197,22 +208,23 @@ func (im *image) page(id uint64) (page, error) {
 	if p.id != id {
 		return page{}, fmt.Errorf("page %d says that it is page %d", id, p.id)
 	}
-	overflow := uint64(binary.LittleEndian.Uint32(p.data[12:]))
-	for n := id + 1; n <= id+overflow; n++ {
+	end := id + 1 + uint64(p.overflow)
+	for n := id + 1; n < end; n++ {
 		if err := im.take(n); err != nil {
 			return page{}, err
 		}
 	}
-	p.data = im.data[id*im.pageSize : (id+1+overflow)*im.pageSize]
+	p.data = im.data[id*im.pageSize : end*im.pageSize]
 	return p, nil
 }
 
 func parsePage(data []byte) page {
 	return page{
-		id:    binary.LittleEndian.Uint64(data),
-		data:  data,
-		flags: binary.LittleEndian.Uint16(data[8:]),
-		count: int(binary.LittleEndian.Uint16(data[10:])),
+		id:       binary.LittleEndian.Uint64(data),
+		data:     data,
+		flags:    binary.LittleEndian.Uint16(data[8:]),
+		count:    int(binary.LittleEndian.Uint16(data[10:])),
+		overflow: binary.LittleEndian.Uint32(data[12:]),
 	}
 }
 
@@ -247,10 +259,12 @@ func (im *image) walkTable(name string, buckets map[string][]byte, visit func(ke
 	if !ok || len(entry) < bucketSize {
 		return fmt.Errorf("the table %s is missing", name)
 	}
+	malformed := fmt.Errorf("the table %s has a malformed entry", name)
 	var p page
-	if root := binary.LittleEndian.Uint64(entry); root != 0 {
+	root := binary.LittleEndian.Uint64(entry)
+	if root != 0 {
 		if len(entry) != bucketSize {
-			return fmt.Errorf("the table %s has a malformed entry", name)
+			return malformed
 		}
 		var err error
 		if p, err = im.page(root); err != nil {
@@ -258,13 +272,14 @@ func (im *image) walkTable(name string, buckets map[string][]byte, visit func(ke
 		}
 	} else { // small tables are within the root's leaf
 		if len(entry) < bucketSize+pageHeader {
-			return fmt.Errorf("the table %s has a malformed entry", name)
+			return malformed
 		}
-		if p = parsePage(entry[bucketSize:]); p.id != 0 || p.flags != pageLeaf {
-			return fmt.Errorf("the table %s has a malformed entry", name)
+		if p = parsePage(entry[bucketSize:]); p.id != 0 || p.flags != pageLeaf || p.overflow != 0 {
+			return malformed
 		}
 	}
 	var sum uint64
+	size := bucketSize + pageHeader
 	err := im.walk(p, func(flags uint32, key, value []byte) error {
 		if flags != 0 {
 			return errors.New("a record is marked as a table")
@@ -274,6 +289,7 @@ func (im *image) walkTable(name string, buckets map[string][]byte, visit func(ke
 			return err
 		}
 		sum += tally(value)
+		size += elementSize + len(key) + len(value)
 		if visit == nil {
 			return nil
 		}
@@ -281,6 +297,9 @@ func (im *image) walkTable(name string, buckets map[string][]byte, visit func(ke
 	})
 	if err != nil {
 		return fmt.Errorf("table %s: %w", name, err)
+	}
+	if root == 0 && size != len(entry) {
+		return malformed
 	}
 	if sum != binary.LittleEndian.Uint64(entry[8:]) {
 		return fmt.Errorf("the table %s has lost or gained records", name)
