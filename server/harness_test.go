@@ -324,7 +324,7 @@ func wantReason(t *testing.T, err error, reason secret.Reason, commit secret.Com
 
 func callContext(t *testing.T) context.Context {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }

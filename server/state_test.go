@@ -3,6 +3,7 @@ package server_test
 import (
 	"context"
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -220,7 +221,7 @@ func (x *subject) remove(in *secretsv1.DeleteSecretRequest) outcome {
 }
 
 func (x *subject) listed(showDeleted bool) outcome {
-	out, err := x.c.ListSecrets(x.ctx, &secretsv1.ListSecretsRequest{ShowDeleted: showDeleted})
+	out, err := x.c.ListSecrets(x.ctx, &secretsv1.ListSecretsRequest{InstanceId: x.ref.GetInstanceId(), ShowDeleted: showDeleted})
 	if len(out.GetSecrets()) > 1 {
 		x.t.Fatalf("got %d secrets, want one at most", len(out.GetSecrets()))
 	}
@@ -292,10 +293,10 @@ func TestEachCellOfTheStateTable(t *testing.T) {
 	for i, state := range states {
 		t.Run(state, func(t *testing.T) {
 			t.Parallel()
+			s := startSystem(t)
 			for name, run := range operations {
 				t.Run(name, func(t *testing.T) {
-					t.Parallel()
-					x := startSystem(t).in(t, "demo", state)
+					x := s.in(t, strings.ReplaceAll(strings.ReplaceAll(name, " ", "-"), "_", "-"), state)
 					before := x.stored()
 					got := run(x)
 					if g, want := got.String(t), cells[name][i]; g != want {
