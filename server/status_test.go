@@ -588,4 +588,3 @@ func TestSecretFieldsAreMarked(t *testing.T) {
 		t.Error("found no imports")
 	}
 }
-

@@ -59,6 +59,9 @@ type Broker struct {
 	// hidden holds versions that are live in the vault only because a put over a
 	// secret that somebody else deleted had to recover it first.
 	hidden map[secret.Key]hiddenVersion
+	// hidings counts the changes of hidden, so that a read can tell whether one
+	// came between its request and its answer.
+	hidings int64
 
 	writes   sync.WaitGroup
 	closing  bool // under mu: no further write begins

@@ -3,6 +3,7 @@ package broker
 import (
 	"context"
 	"errors"
+	"slices"
 	"time"
 
 	"github.com/exto/secrets-broker/secret"
@@ -63,6 +64,9 @@ func (b *Broker) Delete(ctx context.Context, call Call, req DeleteRequest) (*Met
 
 		now := b.now()
 		r := b.carried(s, base)
+		if s.current.deleted != nil { // of a delete that a person undid by enabling
+			r.others = s.deletesAndOthers(base)
+		}
 		r.deleted = &mark{at: now, wasEnabled: s.state == Active, id: op.id}
 		r.endGrace(now)
 		if err := b.update(ctx, op, s, r, false, func(landed version) bool {
@@ -158,7 +162,7 @@ func (b *Broker) Recover(ctx context.Context, call Call, req RecoverRequest) (Me
 		}
 		r := b.carried(s, base)
 		r.others = append([]done{{letterRecover, op.id, s.current.Version}}, s.deletesAndOthers(base)...)
-		r.others = r.others[:min(len(r.others), remembered)]
+		r.others = r.others[:min(len(r.others), s.room(base))]
 		enabled := s.current.Enabled
 		if marked {
 			enabled = s.current.deleted.wasEnabled
@@ -208,6 +212,17 @@ func (s *snapshot) deletesAndOthers(base version) []done {
 		}
 	}
 	return h
+}
+
+// room is how many other operations a version without mark has to name. The
+// write that made it has a tag of its own and counts, until so many deletes and
+// recovers followed that it is forgotten; or there is none.
+func (s *snapshot) room(base version) int {
+	made := slices.IndexFunc(s.history(base), func(d done) bool { return d.id == s.current.made.id })
+	if made >= 0 && made < remembered { // one more operation is about to come before it
+		return remembered
+	}
+	return remembered + 1
 }
 
 // endGrace ends a grace that still runs.

@@ -47,14 +47,30 @@ type place struct {
 	Instance string `json:"i,omitempty"`
 	Deleted  bool   `json:"d,omitempty"` // show_deleted
 	Section  int    `json:"s,omitempty"`
+	Marked   bool   `json:"m,omitempty"` // the live section came upon marked ones
 	Skip     string `json:"k,omitempty"`
 }
 
-// Sections of a list of all instances.
+// Sections of a list of all instances, in the order in which a list with
+// show_deleted goes through them. The marked ones are live in the vault and
+// deleted to every caller: a second look at the vault's list finds them, where
+// the first came upon any.
 const (
 	sectionLive = iota
+	sectionMarked
 	sectionDeleted
 )
+
+// valid reports whether a token with this place can have been given out.
+func (p place) valid() bool {
+	switch {
+	case p.Section < sectionLive || p.Section > sectionDeleted:
+		return false
+	case p.Instance != "" || !p.Deleted:
+		return p.Section == sectionLive
+	}
+	return true
+}
 
 func (p place) token() string {
 	raw, _ := json.Marshal(p) // cannot fail: strings and numbers
@@ -67,7 +83,7 @@ func (b *Broker) List(ctx context.Context, req ListRequest) (ListResult, error) 
 	if req.Token != "" {
 		raw, err := base64.RawURLEncoding.DecodeString(req.Token)
 		var from place
-		if err != nil || json.Unmarshal(raw, &from) != nil || from.Section < sectionLive || from.Section > sectionDeleted {
+		if err != nil || json.Unmarshal(raw, &from) != nil || !from.valid() {
 			return ListResult{}, errToken("it is not one that a ListSecrets returned")
 		}
 		if from.Instance != at.Instance || from.Deleted != at.Deleted {
@@ -113,7 +129,7 @@ func (b *Broker) listInstance(ctx context.Context, req ListRequest, at place) (L
 		if !req.Visible(key) {
 			continue
 		}
-		s, err := b.load(ctx, key)
+		s, err := b.look(ctx, key)
 		if err != nil {
 			return ListResult{}, err
 		}
@@ -159,7 +175,9 @@ func (b *Broker) listAll(ctx context.Context, req ListRequest, at place) (ListRe
 			return ListResult{}, err
 		}
 		for _, p := range page.Live {
-			if m, ok := b.listedLive(p); req.Visible(p.Key) && (ok || req.ShowDeleted) {
+			m, live := b.listedLive(p)
+			at.Marked = at.Marked || !live
+			if req.Visible(p.Key) && live == (at.Section == sectionLive) {
 				result.Secrets = append(result.Secrets, m)
 			}
 		}
@@ -175,7 +193,10 @@ func (b *Broker) listAll(ctx context.Context, req ListRequest, at place) (ListRe
 			if at.Section == sectionDeleted || !req.ShowDeleted {
 				return result, nil
 			}
-			at.Section = sectionDeleted
+			at.Section++
+			if at.Section == sectionMarked && !at.Marked {
+				at.Section++
+			}
 		}
 	}
 	result.NextToken = at.token()

@@ -34,12 +34,32 @@ type version struct {
 	record
 }
 
-func newVersion(p vault.Properties) version { return version{p, parseTags(p.Tags)} }
+// newVersion reads the tags of p. Those that were copied from another secret say
+// nothing of this one but that.
+func newVersion(p vault.Properties) version {
+	r := parseTags(p.Tags)
+	if r.key != "" && r.key != p.Key.String() {
+		r = record{format: r.format, key: r.key}
+	}
+	return version{p, r}
+}
 
 // load reads a secret. It asks for the value, then for what is left of a deleted
 // name, and lists the versions where the vault shows no tags: of a disabled
 // version.
 func (b *Broker) load(ctx context.Context, key secret.Key) (*snapshot, error) {
+	s, err := b.look(ctx, key)
+	if err != nil {
+		return nil, err
+	}
+	if s.current.key != "" && s.current.key != key.String() {
+		return nil, refuse(key, secret.KeyMismatch, "the vault's tag on this secret names another key; it was copied by hand, and has to be set anew or its tags removed")
+	}
+	return s, nil
+}
+
+// look is load for a list, which shows copied ones too.
+func (b *Broker) look(ctx context.Context, key secret.Key) (*snapshot, error) {
 	return steady(func() (*snapshot, error) { return b.loadOnce(ctx, key) })
 }
 
@@ -58,6 +78,7 @@ func steady[T any](look func() (T, error)) (T, error) {
 
 func (b *Broker) loadOnce(ctx context.Context, key secret.Key) (*snapshot, error) {
 	s := &snapshot{key: key, asOf: b.now()}
+	hidings := b.countHidings()
 	props, value, err := b.vault.Get(ctx, key, "")
 	switch {
 	case err == nil:
@@ -87,10 +108,10 @@ func (b *Broker) loadOnce(ctx context.Context, key secret.Key) (*snapshot, error
 	if s.live {
 		if at, ok := b.isHidden(s.current.Properties); ok {
 			s.state, s.deletedAt, s.value = Deleted, at, secret.Value{}
+		} else if b.countHidings() != hidings {
+			// It may have been hidden when the vault answered, and be gone by now.
+			return nil, vault.ErrNotFound
 		}
-	}
-	if s.current.key != "" && s.current.key != key.String() {
-		return nil, refuse(key, secret.KeyMismatch, "the vault's tag on this secret names another key; it was copied by hand, and has to be set anew or its tags removed")
 	}
 	return s, nil
 }
@@ -246,12 +267,22 @@ func (b *Broker) hide(s *snapshot) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.hidden[s.key] = hiddenVersion{s.current.Version, s.current.Created, s.deletedAt}
+	b.hidings++
 }
 
 func (b *Broker) unhide(key secret.Key) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	delete(b.hidden, key)
+	if _, ok := b.hidden[key]; ok {
+		delete(b.hidden, key)
+		b.hidings++
+	}
+}
+
+func (b *Broker) countHidings() int64 {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.hidings
 }
 
 // isHidden reports whether this version is hidden, and when the secret was

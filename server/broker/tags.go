@@ -31,9 +31,16 @@ const (
 	currentFormat = 1
 	tagTime       = "2006-01-02T15:04:05.000Z07:00"
 	// remembered is how many further operations a request id outlives. The ids of
-	// that many fit into two tags of 512 characters, four each.
+	// that many fit into two tags of 512 characters, and one more: see
+	// deletesAndOthers.
 	remembered = 8
 	perTag     = remembered / 2
+
+	maxID      = 36 // of an operation: a UUID
+	maxVersion = 32
+	// maxCount bounds what is read as generation or epoch: a broker gets nowhere
+	// near it, and counting on from it does not overflow.
+	maxCount = 1 << 53
 )
 
 var brokerTags = []string{
@@ -67,7 +74,7 @@ type record struct {
 	epoch      int64
 	auditID    string
 	made       done   // without version; zero id: not made by the broker
-	others     []done // newest first, at most remembered
+	others     []done // newest first, at most remembered, or one more
 	previous   string
 	graceEnd   time.Time
 	first      int64
@@ -87,39 +94,65 @@ func parseTags(t vault.Tags) record {
 	var r record
 	r.format, _ = strconv.Atoi(t[tagFormat])
 	r.key = t[tagKey]
-	r.generation = max(0, parseInt(t[tagGeneration]))
+	r.generation = parseCount(t[tagGeneration])
 	if r.generation > 0 {
 		r.createdBy = t[tagCreatedBy]
 		epoch, auditID, _ := strings.Cut(t[tagEpoch], " ")
-		r.epoch, r.auditID = parseInt(epoch), auditID
-		if letter, id, ok := strings.Cut(t[tagOperation], ":"); ok && len(letter) == 1 {
+		r.epoch = parseCount(epoch)
+		if isID(auditID, maxID) {
+			r.auditID = auditID
+		}
+		if letter, id, ok := strings.Cut(t[tagOperation], ":"); ok && isLetter(letter) && isID(id, maxID) {
 			r.made = done{letter: letter[0], id: id}
 		}
 	}
 	for _, name := range []string{tagOperations1, tagOperations2} {
 		for entry := range strings.SplitSeq(t[name], ",") {
-			if f := strings.Split(entry, ":"); len(f) == 3 && len(f[0]) == 1 {
+			if f := strings.Split(entry, ":"); len(f) == 3 && isLetter(f[0]) && isID(f[1], maxID) && isID(f[2], maxVersion) {
 				r.others = append(r.others, done{f[0][0], f[1], f[2]})
 			}
 		}
 	}
-	if version, end, ok := strings.Cut(t[tagPrevious], " "); ok {
-		if at, err := time.Parse(time.RFC3339, end); err == nil {
+	r.others = r.others[:min(len(r.others), remembered+1)]
+	if version, end, ok := strings.Cut(t[tagPrevious], " "); ok && isID(version, maxVersion) {
+		if at, ok := parseTime(end); ok {
 			r.previous, r.graceEnd = version, at
 		}
 	}
-	r.first = parseInt(t[tagFirst])
-	if f := strings.Split(t[tagDeleted], " "); len(f) == 3 {
-		if at, err := time.Parse(time.RFC3339, f[0]); err == nil {
+	r.first = parseCount(t[tagFirst])
+	if f := strings.Split(t[tagDeleted], " "); len(f) == 3 && isID(f[2], maxID) {
+		if at, ok := parseTime(f[0]); ok {
 			r.deleted = &mark{at: at, wasEnabled: f[1] == "enabled", id: f[2]}
 		}
 	}
 	return r
 }
 
-func parseInt(s string) int64 {
-	n, _ := strconv.ParseInt(s, 10, 64)
+// parseCount reads a generation or an epoch; 0 for what is neither.
+func parseCount(s string) int64 {
+	n, err := strconv.ParseInt(s, 10, 64)
+	if err != nil || n < 0 || n > maxCount {
+		return 0
+	}
 	return n
+}
+
+// isID reports whether s can be the id of an operation or a version. A longer one
+// would make the tags that carry it on too long for the vault.
+func isID(s string, most int) bool {
+	return s != "" && len(s) <= most && strings.IndexFunc(s, func(r rune) bool {
+		return !(r >= '0' && r <= '9' || r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r == '-')
+	}) < 0
+}
+
+func isLetter(s string) bool {
+	return len(s) == 1 && strings.Contains(string([]byte{letterPut, letterRotate, letterDelete, letterRecover}), s)
+}
+
+func parseTime(s string) (time.Time, bool) {
+	at, err := time.Parse(time.RFC3339, s)
+	at = at.UTC().Truncate(time.Millisecond)
+	return at, err == nil && !at.IsZero() && at.Year() > 0 && at.Year() <= 9999
 }
 
 // tags writes the record for a version of key. The tags of others that the
@@ -133,9 +166,10 @@ func (r record) tags(key secret.Key, bears vault.Tags) (t vault.Tags, dropped []
 		t[tagEpoch] = strconv.FormatInt(r.epoch, 10) + " " + r.auditID
 		t[tagOperation] = string(r.made.letter) + ":" + r.made.id
 	}
-	for i, name := range []string{tagOperations1, tagOperations2} {
+	half := min(perTag, len(r.others))
+	for name, others := range map[string][]done{tagOperations1: r.others[:half], tagOperations2: r.others[half:]} {
 		var entries []string
-		for _, d := range r.others[min(i*perTag, len(r.others)):min((i+1)*perTag, len(r.others))] {
+		for _, d := range others {
 			entries = append(entries, string(d.letter)+":"+d.id+":"+d.version)
 		}
 		if len(entries) > 0 {

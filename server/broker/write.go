@@ -2,6 +2,7 @@ package broker
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"runtime/debug"
 	"sync"
@@ -192,20 +193,23 @@ func (s *snapshot) history(base version) []done {
 // and its grace are set by a rotate that replaces something.
 func (b *Broker) store(ctx context.Context, op *operation, s *snapshot, base version, value secret.Value, r record) (*snapshot, error) {
 	over := s.state == Deleted
-	recovered := false
+	// Deleted by somebody else: once recovered it is live, and nothing but the
+	// broker's memory keeps it from being read.
+	recovered := over && !s.current.marked()
 	if over && !s.live {
 		if err := op.effect(); err != nil {
 			return nil, err
 		}
-		if !s.current.marked() {
-			// Deleted by somebody else: once recovered it is live, and nothing but the
-			// broker's memory keeps it from being read.
+		if recovered {
 			b.hide(s)
 		}
-		if err := b.vault.Recover(ctx, op.key); err != nil {
+		if err := b.vault.Recover(ctx, op.key); vault.IsUncertain(err) {
+			return nil, b.deleteAgain(ctx, op, recovered, err)
+		} else if err != nil {
+			b.unhide(op.key)
 			return nil, err
 		}
-		s.live, recovered = true, !s.current.marked()
+		s.live = true
 		var err error
 		if base, err = b.base(ctx, s); err != nil {
 			return nil, b.deleteAgain(ctx, op, recovered, err)
@@ -250,7 +254,11 @@ func (b *Broker) deleteAgain(ctx context.Context, op *operation, recovered bool,
 	if !recovered {
 		return cause
 	}
-	if _, err := b.vault.Delete(ctx, op.key); err != nil {
+	_, err := b.vault.Delete(ctx, op.key)
+	switch {
+	case errors.Is(err, vault.ErrNotFound) && vault.IsUncertain(cause):
+		return cause // the recover may yet arrive
+	case err != nil && !errors.Is(err, vault.ErrNotFound):
 		b.log.Error("a deleted secret is live in the vault after a failed put over it; the broker does not serve it, but who reads the vault directly can: put or delete it again",
 			"key", op.key.String(), "audit_id", op.AuditID, "error", err)
 		return cause

@@ -242,7 +242,11 @@ func (s *Store) finish(tx *bbolt.Tx) error {
 	}
 	err = s.classify(err)
 	s.failed(err)
-	seen, verr := s.visible()
+	var seen int
+	verr := s.read(func(tx *bbolt.Tx) error {
+		seen = tx.ID()
+		return nil
+	})
 	if verr == nil && seen < id {
 		return err
 	}
@@ -250,6 +254,7 @@ func (s *Store) finish(tx *bbolt.Tx) error {
 		// It is in the file and perhaps not on disk. Its pages were synced before
 		// its meta page was written; a commit of nothing has a meta page that
 		// refers to them too, and puts both on disk.
+		s.lastID = id
 		if tx, berr := s.begin(); berr == nil {
 			if berr = guard(func() error { return s.commitTx(tx) }); berr == nil {
 				s.settled(id + 1)
@@ -263,20 +268,6 @@ func (s *Store) finish(tx *bbolt.Tx) error {
 	s.lastID = 0
 	s.unsettled.Store(true)
 	return vault.Uncertain(err)
-}
-
-// visible is the id of the last transaction that readers see.
-func (s *Store) visible() (id int, err error) {
-	if err := guard(s.alive); err != nil {
-		return 0, err
-	}
-	err = guard(func() error {
-		return s.db.View(func(tx *bbolt.Tx) error {
-			id = tx.ID()
-			return nil
-		})
-	})
-	return id, err
 }
 
 // breakDown ends all writing for the life of the process: after a panic bbolt has

@@ -141,13 +141,14 @@ func TestFlippedBits(t *testing.T) {
 	st := newStored(t, 60)
 	rng := rand.New(rand.NewPCG(1, 2))
 	harmless := bytes.Clone(st.data)
-	var passed int
+	var tried, passed int
 	for at := range st.data {
 		bits := []int{rng.IntN(8)}
 		if at%os.Getpagesize() < 256 {
 			bits = []int{0, 1, 2, 3, 4, 5, 6, 7}
 		}
 		for _, bit := range bits {
+			tried++
 			st.data[at] ^= 1 << bit
 			if embedded.VerifyBytes(st.data) == nil {
 				harmless[at] ^= 1 << bit
@@ -156,8 +157,8 @@ func TestFlippedBits(t *testing.T) {
 			st.data[at] ^= 1 << bit
 		}
 	}
-	if passed == 0 || passed > len(st.data)*3/4 {
-		t.Errorf("%d of %d flips passed: this test is broken", passed, len(st.data))
+	if passed == 0 || passed > tried*3/4 { // most of what passes is in free pages
+		t.Errorf("%d of %d flips passed: this test is broken", passed, tried)
 	}
 	if !st.try(t, "all harmless flips", harmless) {
 		t.Errorf("flips that are harmless one by one are not so together: %v", embedded.VerifyBytes(harmless))
@@ -216,10 +217,10 @@ func TestDamagedWhileOpen(t *testing.T) {
 				break // a store that may refuse all writes from here on
 			}
 		}
+		closeStore(t, s)
 		if got := strings.Count(log.String(), "damaged"); got > 1 {
 			t.Errorf("the log tells %d times of the damage, want once", got)
 		}
-		closeStore(t, s)
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"time"
 
 	"github.com/tink-crypto/tink-go/v2/tink"
@@ -56,11 +57,8 @@ func prepare(dir, storePath, keyPath string, log *slog.Logger) (tink.AEAD, error
 	} else if err != nil {
 		return nil, fmt.Errorf("locking %s: %w", dir, err)
 	}
-	for _, path := range []string{storePath, keyPath} {
-		if err := removeTemps(path); err != nil {
-			return nil, err
-		}
-	}
+	removeTemps(storePath)
+	removeTemps(keyPath)
 
 	haveStore, err := exists(storePath)
 	if err != nil {
@@ -211,20 +209,15 @@ func createTemp(path string) (*os.File, error) {
 	return os.CreateTemp(filepath.Dir(path), filepath.Base(path)+tempMark+"*")
 }
 
-func removeTemps(path string) error {
-	entries, err := os.ReadDir(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
+// removeTemps removes what a crash left of createTemp. What can't be removed, as
+// in a folder that is mounted read-only for the key, does no harm.
+func removeTemps(path string) {
+	entries, _ := os.ReadDir(filepath.Dir(path))
 	for _, e := range entries {
-		if ok, _ := filepath.Match(filepath.Base(path)+tempMark+"*", e.Name()); !ok || !e.Type().IsRegular() {
-			continue
-		}
-		if err := os.Remove(filepath.Join(filepath.Dir(path), e.Name())); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
+		if strings.HasPrefix(e.Name(), filepath.Base(path)+tempMark) && e.Type().IsRegular() {
+			_ = os.Remove(filepath.Join(filepath.Dir(path), e.Name()))
 		}
 	}
-	return nil
 }
 
 // publish gives a finished file its name, durably. A file that has the name

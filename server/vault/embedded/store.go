@@ -124,6 +124,7 @@ func (s *Store) shutDown() error {
 	if s.stuck || s.dead.Load() {
 		// bbolt's own Close would wait for ever for the broken transaction. The
 		// lock goes with the file, the memory map with the process.
+		s.dead.Store(true)
 		return s.file.Close()
 	}
 	if err := s.db.Close(); err != nil {
@@ -281,8 +282,7 @@ func (s *Store) Delete(ctx context.Context, key secret.Key) (vault.Deleted, erro
 			return vault.ErrNotFound
 		}
 		r.deleted = w.now.Unix()
-		// Rounded up: never purged sooner than promised.
-		r.purge = w.now.Add(s.retention + time.Second - 1).Unix()
+		r.purge = -(-w.now.Add(s.retention).UnixMilli() / 1000) // rounded up, to keep the promise
 		if d, err = r.deletedProperties(key); err != nil {
 			return err
 		}
@@ -383,20 +383,25 @@ func (s *Store) view(ctx context.Context, fn func(tx *bbolt.Tx) error) error {
 			return s.unavailable(errors.New("the last commit is not known to be on disk"))
 		}
 	}
-	err := guard(s.alive)
-	if err == nil {
-		var begun bool
-		err = guard(func() error {
-			return s.db.View(func(tx *bbolt.Tx) error {
-				begun = true
-				return fn(tx)
-			})
-		})
-		if !begun && errors.Is(err, errPanic) {
-			s.dead.Store(true)
-		}
+	return s.classify(s.read(fn))
+}
+
+// read runs fn in a read transaction.
+func (s *Store) read(fn func(tx *bbolt.Tx) error) error {
+	if err := guard(s.alive); err != nil {
+		return err
 	}
-	return s.classify(err)
+	var begun bool
+	err := guard(func() error {
+		return s.db.View(func(tx *bbolt.Tx) error {
+			begun = true
+			return fn(tx)
+		})
+	})
+	if !begun && errors.Is(err, errPanic) {
+		s.dead.Store(true)
+	}
+	return err
 }
 
 // alive looks whether bbolt can begin a transaction. It reads the meta pages with
