@@ -21,6 +21,7 @@ import (
 	"github.com/google/uuid"
 	"github.com/tink-crypto/tink-go/v2/tink"
 	"go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
 
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server/vault"
@@ -282,7 +283,10 @@ func (s *Store) Delete(ctx context.Context, key secret.Key) (vault.Deleted, erro
 			return vault.ErrNotFound
 		}
 		r.deleted = w.now.Unix()
-		r.purge = -(-w.now.Add(s.retention).UnixMilli() / 1000) // rounded up, to keep the promise
+		purge := w.now.Add(s.retention)
+		if r.purge = purge.Unix(); purge.Nanosecond() > 0 {
+			r.purge++ // never sooner than promised
+		}
 		if d, err = r.deletedProperties(key); err != nil {
 			return err
 		}
@@ -440,7 +444,7 @@ func (s *Store) classify(err error) error {
 	case err == nil, errors.Is(err, vault.ErrNotFound), errors.Is(err, vault.ErrDisabled),
 		errors.Is(err, vault.ErrDeleted), errors.Is(err, vault.ErrUnavailable):
 		return err
-	case errors.Is(err, bbolt.ErrDatabaseNotOpen):
+	case errors.Is(err, bolterrors.ErrDatabaseNotOpen):
 		return s.unavailable(errClosed)
 	}
 	if errors.Is(err, errPanic) || errors.Is(err, errRecord) || errors.Is(err, errSealed) {
