@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"text/tabwriter"
 	"time"
@@ -51,28 +52,6 @@ func BenchmarkDurable(b *testing.B) {
 		rounds = 7
 		during = 700 * time.Millisecond
 	)
-	dir := b.TempDir()
-	s, err := embedded.Open(embedded.Config{Dir: dir, Logger: quiet})
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer func() { _ = s.Close() }()
-	plain := map[string]*bbolt.DB{}
-	for _, name := range []string{"Update", "Batch"} {
-		db, err := bbolt.Open(filepath.Join(dir, name), 0o600, &bbolt.Options{FreelistType: bbolt.FreelistMapType})
-		if err != nil {
-			b.Fatal(err)
-		}
-		defer func() { _ = db.Close() }()
-		err = db.Update(func(tx *bbolt.Tx) error {
-			_, err := tx.CreateBucket([]byte("live"))
-			return err
-		})
-		if err != nil {
-			b.Fatal(err)
-		}
-		plain[name] = db
-	}
 	handle, err := keyset.NewHandle(aead.AES256GCMKeyTemplate())
 	if err != nil {
 		b.Fatal(err)
@@ -96,44 +75,60 @@ func BenchmarkDurable(b *testing.B) {
 		record := slices.Concat(header, attrs, sealed)
 		return do(func(tx *bbolt.Tx) error { return tx.Bucket([]byte("live")).Put(key, record) })
 	}
-	ways := []struct {
-		name string
-		put  func() error
-	}{
-		{"Set", func() error {
+	type way struct {
+		name    string
+		callers int
+		put     func() error
+	}
+	var ways []way
+	// Each has a file of its own, so that none works on the larger one of another.
+	for _, callers := range []int{1, 64} {
+		s, err := embedded.Open(embedded.Config{Dir: b.TempDir(), Logger: quiet})
+		if err != nil {
+			b.Fatal(err)
+		}
+		defer func() { _ = s.Close() }()
+		ways = append(ways, way{"Set", callers, func() error {
 			_, err := s.Set(b.Context(), benchKey(b), vault.NewVersion{Value: secret.NewValue(benchValue), Tags: benchTags})
 			return err
-		}},
-		{"Update", func() error { return put(plain["Update"].Update) }},
-		{"Batch", func() error { return put(plain["Batch"].Batch) }},
+		}})
+		for _, name := range []string{"Update", "Batch"} {
+			db, err := bbolt.Open(filepath.Join(b.TempDir(), name), 0o600, &bbolt.Options{FreelistType: bbolt.FreelistMapType})
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer func() { _ = db.Close() }()
+			err = db.Update(func(tx *bbolt.Tx) error {
+				_, err := tx.CreateBucket([]byte("live"))
+				return err
+			})
+			if err != nil {
+				b.Fatal(err)
+			}
+			do := map[string]func(func(*bbolt.Tx) error) error{"Update": db.Update, "Batch": db.Batch}[name]
+			ways = append(ways, way{name, callers, func() error { return put(do) }})
+		}
 	}
 	rates := map[string][]float64{}
 	for range rounds {
-		for _, callers := range []int{1, 64} {
-			for _, way := range ways {
-				var n int
-				var mu sync.Mutex
-				var wg sync.WaitGroup
-				start := time.Now()
-				for range callers {
-					wg.Go(func() {
-						var mine int
-						for time.Since(start) < during {
-							if err := way.put(); err != nil {
-								b.Error(err)
-								return
-							}
-							mine++
+		for _, way := range ways {
+			var n atomic.Int64
+			var wg sync.WaitGroup
+			start := time.Now()
+			for range way.callers {
+				wg.Go(func() {
+					for time.Since(start) < during {
+						if err := way.put(); err != nil {
+							b.Error(err)
+							return
 						}
-						mu.Lock()
-						defer mu.Unlock()
-						n += mine
-					})
-				}
-				wg.Wait()
-				at := fmt.Sprint(way.name, callers)
-				rates[at] = append(rates[at], float64(n)/time.Since(start).Seconds())
+						n.Add(1)
+					}
+				})
 			}
+			wg.Wait()
+			at := fmt.Sprint(way.name, way.callers)
+			rates[at] = append(rates[at], float64(n.Load())/time.Since(start).Seconds())
 		}
 	}
 	median := func(at string) float64 {
