@@ -19,6 +19,7 @@ import (
 func (x *subject) kill(n int, after bool) (died func() bool) {
 	var mu sync.Mutex
 	effects, dead := 0, false
+	hurried := x.hurried
 	x.vault.SetBefore(func(ctx context.Context, op string, _ secret.Key) error {
 		mu.Lock()
 		defer mu.Unlock()
@@ -27,6 +28,7 @@ func (x *subject) kill(n int, after bool) (died func() bool) {
 			dead = dead || !after && effects == n
 		}
 		if dead {
+			hurried.Store(true)
 			return vault.Uncertain(vault.ErrUnavailable)
 		}
 		return nil
@@ -38,6 +40,7 @@ func (x *subject) kill(n int, after bool) (died func() bool) {
 			dead = true
 		}
 		if dead {
+			hurried.Store(true)
 			return vault.Uncertain(vault.ErrUnavailable)
 		}
 		return err
@@ -74,10 +77,11 @@ func TestKilledBetweenAnyTwoSteps(t *testing.T) {
 		{"delete what a person disabled", "disabled", writeCalls["delete"], 2, 1, "SECRET_NOT_FOUND", 0},
 		{"recover", "deleted", writeCalls["recover"], 2, 2, uri(2), 0},
 		{"recover what is marked", "marked", writeCalls["recover"], 1, 1, uri(2), 0},
-		{"put over deleted", "deleted", putOver, 2, 2, uri(3), 0},
+		// A put asks the vault first whether there is anything to be put over.
+		{"put over deleted", "deleted", putOver, 3, 3, uri(3), 0},
 		{"put over marked", "marked", putOver, 1, 1, uri(3), 0},
-		{"put over deleted by a person", "deleted outside", putOver, 2, 2, uri(3), 1},
-		{"rotate over deleted", "deleted", rotateOver, 2, 2, uri(3), 0},
+		{"put over deleted by a person", "deleted outside", putOver, 3, 3, uri(3), 2},
+		{"rotate over deleted", "deleted", rotateOver, 3, 3, uri(3), 0},
 		{"put", "active", writeCalls["put"], 1, 1, uri(3), 0},
 		{"rotate", "active", writeCalls["rotate"], 1, 1, uri(3), 0},
 	}

@@ -42,7 +42,7 @@ func (s *service) GetSecret(ctx context.Context, in *secretsv1.GetSecretRequest)
 	if err := s.gate.allow(ctx, authz.Get, req.Key); err != nil {
 		return nil, err
 	}
-	result, err := s.broker.Get(ctx, req)
+	result, err := s.broker.Get(ctx, callFrom(ctx).broker(), req)
 	if err != nil {
 		return nil, err
 	}
@@ -115,7 +115,7 @@ func (s *service) DescribeSecret(ctx context.Context, in *secretsv1.DescribeSecr
 	if err := s.gate.allow(ctx, authz.Describe, key); err != nil {
 		return nil, err
 	}
-	result, err := s.broker.Describe(ctx, key)
+	result, err := s.broker.Describe(ctx, callFrom(ctx).broker(), key)
 	if err != nil {
 		return nil, err
 	}
@@ -137,7 +137,7 @@ func (s *service) ListSecrets(ctx context.Context, in *secretsv1.ListSecretsRequ
 		}
 	}
 	req.Visible = s.gate.visible(ctx, authz.List)
-	result, err := s.broker.List(ctx, req)
+	result, err := s.broker.List(ctx, callFrom(ctx).broker(), req)
 	if err != nil {
 		return nil, err
 	}

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -109,6 +110,9 @@ type system struct {
 	// config, unless nil, changes how the server is made.
 	config func(*server.Config)
 	face   *server.Server
+	// hurried, once set, lets the present broker wait for nothing any more, as if
+	// its time were over.
+	hurried *atomic.Bool
 	// stop ends broker and server, but not the store.
 	stop func()
 }
@@ -172,7 +176,16 @@ func (s *system) restart() {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	heart := broker.New(broker.Config{Vault: s.vault, Logger: s.logger(), Now: s.clock.Now})
+	hurried := &atomic.Bool{}
+	s.hurried = hurried
+	wait := func(ctx context.Context, d time.Duration) error {
+		if hurried.Load() {
+			return context.DeadlineExceeded
+		}
+		s.clock.advance(d)
+		return ctx.Err()
+	}
+	heart := broker.New(broker.Config{Vault: s.vault, Logger: s.logger(), Now: s.clock.Now, Wait: wait})
 	cfg := server.Config{Broker: heart, Policy: policy, TLS: tlsConfig, Logger: s.logger(), Metrics: prometheus.NewRegistry()}
 	if s.config != nil {
 		s.config(&cfg)

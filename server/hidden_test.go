@@ -2,6 +2,7 @@ package server_test
 
 import (
 	"context"
+	"slices"
 	"sync/atomic"
 	"testing"
 
@@ -22,6 +23,20 @@ func (x *subject) failing(methods ...string) {
 	})
 }
 
+// failingAfter is failing from a call of the method first on.
+func (x *subject) failingAfter(first string, methods ...string) {
+	var begun atomic.Bool
+	x.vault.SetBefore(func(_ context.Context, op string, _ secret.Key) error {
+		if op == first {
+			begun.Store(true)
+		}
+		if begun.Load() && slices.Contains(methods, op) {
+			return vault.ErrUnavailable
+		}
+		return nil
+	})
+}
+
 // TestPutOverWhatAPersonDeletedFails: in whichever step it fails, the name is
 // deleted in the vault again, nothing was applied, and a person's recover is
 // theirs.
@@ -29,17 +44,9 @@ func TestPutOverWhatAPersonDeletedFails(t *testing.T) {
 	t.Parallel()
 	tests := map[string]func(x *subject){
 		"the vault does not recover": func(x *subject) { x.failing("Recover") },
-		"the answer of the recover is lost": func(x *subject) {
-			x.vault.SetAfter(func(_ context.Context, op string, _ secret.Key, err error) error {
-				if op == "Recover" {
-					return vault.Uncertain(vault.ErrUnavailable)
-				}
-				return err
-			})
-		},
-		"the vault does not store": func(x *subject) { x.failing("Set") },
+		"the vault does not store":   func(x *subject) { x.failingAfter("Recover", "Set") },
 		"a second put fails too": func(x *subject) {
-			x.failing("Set", "Delete")
+			x.failingAfter("Recover", "Set", "Delete")
 			wantReason(x.t, writeCalls["put"](x, x.ctx, ""), secret.VaultUnavailable, secret.NotApplied)
 			x.wantGet("", secret.SecretNotFound) // live in the vault and hidden
 			if !contains(x.log.String(), "is live in the vault after a failed put") {

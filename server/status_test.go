@@ -495,6 +495,7 @@ func TestValuesAreNotLogged(t *testing.T) {
 		}
 		return err
 	})
+	x.hurried.Store(true)
 	_, _ = x.c.PutSecret(x.ctx, &secretsv1.PutSecretRequest{Ref: x.ref, Value: values[1]})
 	x.vault.SetAfter(nil)
 	x.restart()

@@ -368,6 +368,7 @@ func TestVaultFaultsBeforeAnyEffect(t *testing.T) {
 						}
 						return nil
 					})
+					x.hurried.Store(true)
 					err := write(x, x.ctx, "")
 					wantReason(t, err, want, secret.NotApplied)
 					if contains(err.Error(), "canary") || !strings.HasSuffix(failed(t, err).status.Message(), "(commit_state NOT_APPLIED)") {
@@ -415,6 +416,7 @@ func TestUncertainWrites(t *testing.T) {
 				}
 				return nil
 			})
+			x.hurried.Store(true)
 			wantReason(t, write(x, x.ctx, ""), secret.VaultUnavailable, secret.Unknown)
 			x.vault.SetBefore(nil)
 			if name == "put" || name == "rotate" {
@@ -503,13 +505,20 @@ func TestOneWinnerPerVersion(t *testing.T) {
 	}
 }
 
-// hang makes calls of this vault method wait until released; reached is closed
-// when the first one does.
+// hang makes calls of this vault method wait until released, but for those that
+// come before a deleted name was recovered; reached is closed when the first one
+// does.
 func (x *subject) hang(method string, after bool) (reached chan struct{}, release func()) {
 	reached, gate := make(chan struct{}), make(chan struct{})
 	var once sync.Once
+	var recovered atomic.Bool
+	_, err := x.store.GetDeleted(x.ctx, x.key)
+	recovered.Store(err != nil)
 	wait := func(op string) {
-		if op == method {
+		if op == "Recover" {
+			recovered.Store(true)
+		}
+		if op == method && recovered.Load() {
 			once.Do(func() { close(reached) })
 			<-gate
 		}

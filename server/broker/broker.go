@@ -33,8 +33,10 @@ type Config struct {
 	// Logger takes what no caller is told, such as tags that had to be dropped.
 	// Required.
 	Logger *slog.Logger
-	// Now is the wall clock; nil means time.Now.
-	Now func() time.Time
+	// Now is the wall clock, and Wait lets time pass until ctx ends; nil means the
+	// system's.
+	Now  func() time.Time
+	Wait func(ctx context.Context, d time.Duration) error
 }
 
 // Broker serves the secrets of a vault. All methods are safe for concurrent use.
@@ -47,21 +49,21 @@ type Broker struct {
 	vault vault.Vault
 	log   *slog.Logger
 	now   func() time.Time
+	wait  func(context.Context, time.Duration) error
 	// epoch goes into each version. The broker is alone: it is the start in
 	// milliseconds, forced upward by any later one that is found in the vault.
 	epoch atomic.Int64
 	locks lockTable
 
-	mu sync.Mutex
-	// highest is the highest generation of each secret that was written, seen, or
-	// sent with unknown outcome: no later write takes it again.
-	highest map[secret.Key]int64
-	// hidden holds versions that are live in the vault only because a put over a
-	// secret that somebody else deleted had to recover it first.
-	hidden map[secret.Key]hiddenVersion
+	mu      sync.Mutex
+	known   map[secret.Key]known
+	pending map[secret.Key][]pendingWrite
+	hidden  map[secret.Key]hiddenVersion
 	// hidings counts the changes of hidden, so that a read can tell whether one
 	// came between its request and its answer.
 	hidings int64
+	// repairing holds the secrets of which a late version is being put down.
+	repairing map[secret.Key]bool
 
 	writes   sync.WaitGroup
 	closing  bool // under mu: no further write begins
@@ -70,21 +72,21 @@ type Broker struct {
 	discards bool
 }
 
-type hiddenVersion struct {
-	version   string
-	created   time.Time
-	deletedAt time.Time
-}
-
 // New makes a Broker. It does not ask the vault anything.
 func New(cfg Config) *Broker {
 	b := &Broker{
-		vault:    cfg.Vault,
-		log:      cfg.Logger,
-		now:      cfg.Now,
-		highest:  map[secret.Key]int64{},
-		hidden:   map[secret.Key]hiddenVersion{},
-		discards: cfg.Vault.Info().Discards,
+		vault:     cfg.Vault,
+		log:       cfg.Logger,
+		now:       cfg.Now,
+		wait:      cfg.Wait,
+		known:     map[secret.Key]known{},
+		pending:   map[secret.Key][]pendingWrite{},
+		hidden:    map[secret.Key]hiddenVersion{},
+		repairing: map[secret.Key]bool{},
+		discards:  cfg.Vault.Info().Discards,
+	}
+	if b.wait == nil {
+		b.wait = vault.Wait
 	}
 	if b.now == nil {
 		b.now = time.Now
@@ -129,6 +131,11 @@ type Call struct {
 	Caller string
 	// AuditID is the id of this call in logs, errors and the vault.
 	AuditID string
+}
+
+// on is ctx for the vault calls of a read.
+func (c Call) on(ctx context.Context) context.Context {
+	return vault.WithOrigin(ctx, vault.Origin{Caller: c.Caller, RequestID: c.AuditID})
 }
 
 // State says what can be done with a secret or a version.

@@ -48,6 +48,9 @@ func (b *Broker) Delete(ctx context.Context, call Call, req DeleteRequest) (*Met
 		if s.state == Absent && b.discards {
 			return b.discardDelete(ctx, op, s, req.MustMatchVersion)
 		}
+		if err := b.surelyAbsent(ctx, s); err != nil {
+			return nil, err
+		}
 		if s.state == Absent || s.state == Deleted {
 			if !req.AllowMissing {
 				return nil, errNotFound(op.key)
@@ -58,7 +61,7 @@ func (b *Broker) Delete(ctx context.Context, call Call, req DeleteRequest) (*Met
 			m := s.metadata(s.current)
 			return &m, nil
 		}
-		if err := s.matches(req.MustMatchVersion); err != nil {
+		if err := b.matches(ctx, s, req.MustMatchVersion); err != nil {
 			return nil, err
 		}
 
@@ -85,26 +88,63 @@ func (b *Broker) Delete(ctx context.Context, call Call, req DeleteRequest) (*Met
 	})
 }
 
+// surelyAbsent takes a name for absent only when the vault confirms it: one that
+// is being deleted or recovered is found nowhere either. Otherwise the operation
+// is to be judged again, by what has become of it.
+func (b *Broker) surelyAbsent(ctx context.Context, s *snapshot) error {
+	if s.state != Absent || b.discards {
+		return nil
+	}
+	err := b.vault.Settle(ctx, s.key)
+	switch {
+	case errors.Is(err, vault.ErrNotFound):
+		return nil
+	case err == nil:
+		return errUnlike
+	}
+	return err
+}
+
 // finishDelete deletes a marked or hidden name in the vault.
 func (b *Broker) finishDelete(ctx context.Context, op *operation, s *snapshot) error {
-	if err := op.effect(); err != nil {
+	var d vault.Deleted
+	err := b.settle(ctx, op, func(ctx context.Context) (err error) {
+		d, err = b.vault.Delete(ctx, op.key)
 		return err
-	}
-	d, err := b.vault.Delete(ctx, op.key)
-	if err != nil && !errors.Is(err, vault.ErrNotFound) {
+	}, func(ctx context.Context) (bool, error) {
+		_, _, err := b.vault.Get(ctx, op.key, "")
+		if errors.Is(err, vault.ErrDisabled) {
+			return false, nil
+		}
+		return errors.Is(err, vault.ErrNotFound), ignore(err, vault.ErrNotFound)
+	})
+	if err = ignore(err, vault.ErrNotFound); err != nil {
 		return err
 	}
 	b.unhide(op.key)
 	s.live = false
-	if err == nil {
+	if d.DeletedAt.IsZero() {
+		// Deleted by a request whose answer was lost. It may take the vault a while to
+		// show it; what it would say is not worth that.
+		d, _ = b.vault.GetDeleted(ctx, op.key)
+	}
+	if !d.DeletedAt.IsZero() {
 		s.deletedAt, s.purgeAt = d.DeletedAt, d.PurgeAt
 	}
 	return nil
 }
 
+// ignore takes an error that means success for nil.
+func ignore(err, harmless error) error {
+	if errors.Is(err, harmless) && !vault.IsUncertain(err) {
+		return nil
+	}
+	return err
+}
+
 // discardDelete is Delete in a vault that keeps nothing.
 func (b *Broker) discardDelete(ctx context.Context, op *operation, s *snapshot, mustMatch string) (*Metadata, error) {
-	if err := s.matches(mustMatch); err != nil {
+	if err := b.matches(ctx, s, mustMatch); err != nil {
 		return nil, err
 	}
 	d, err := b.vault.Delete(ctx, op.key)
@@ -138,6 +178,9 @@ func (b *Broker) Recover(ctx context.Context, call Call, req RecoverRequest) (Me
 			}
 			return *m, nil
 		}
+		if err := b.surelyAbsent(ctx, s); err != nil {
+			return Metadata{}, err
+		}
 		switch s.state {
 		case Absent:
 			return Metadata{}, errNotFound(op.key)
@@ -146,12 +189,9 @@ func (b *Broker) Recover(ctx context.Context, call Call, req RecoverRequest) (Me
 		}
 		marked := s.current.marked()
 		if !s.live {
-			if err := op.effect(); err != nil {
-				return Metadata{}, err
-			}
-			if err := b.vault.Recover(ctx, op.key); err != nil {
-				if vault.IsUncertain(err) && !marked {
-					err = withCommit(vaultError(ctx, op.key, err), secret.Unknown)
+			if err := b.bringBack(ctx, op); err != nil {
+				if vault.IsUncertain(err) && marked {
+					err = withCommit(vaultError(ctx, op.key, err), secret.NotApplied) // by the mark
 				}
 				return Metadata{}, err
 			}
@@ -235,17 +275,18 @@ func (r *record) endGrace(now time.Time) {
 // update writes r and enabled onto the current version of s, and settles an
 // unknown outcome by looking whether it landed.
 func (b *Broker) update(ctx context.Context, op *operation, s *snapshot, r record, enabled bool, landed func(version) bool) error {
-	if err := op.effect(); err != nil {
+	var props vault.Properties
+	err := b.settle(ctx, op, func(ctx context.Context) (err error) {
+		props, err = b.vault.Update(ctx, op.key, s.current.Version, vault.Patch{Enabled: enabled, Tags: b.encode(r, s)})
 		return err
-	}
-	props, err := b.vault.Update(ctx, op.key, s.current.Version, vault.Patch{Enabled: enabled, Tags: b.encode(r, s)})
-	if vault.IsUncertain(err) {
-		now, loadErr := b.load(ctx, op.key)
-		if loadErr != nil || !landed(now.current) {
-			return withCommit(vaultError(ctx, op.key, err), secret.Unknown)
+	}, func(ctx context.Context) (bool, error) {
+		now, err := b.load(ctx, op.key, whole)
+		if err != nil {
+			return false, err
 		}
-		props, err = now.current.Properties, nil
-	}
+		props = now.current.Properties
+		return landed(now.current), nil
+	})
 	if err != nil {
 		return err
 	}

@@ -67,7 +67,7 @@ func vaultError(ctx context.Context, key secret.Key, err error) *Error {
 		return e
 	case errors.Is(err, vault.ErrThrottled):
 		e = refuse(key, secret.VaultThrottled, "the vault takes no more requests now; try again after the time in RetryInfo")
-		e.RetryAfter = throttleRetry
+		e.RetryAfter = max(throttleRetry, vault.RetryAfter(err))
 	case errors.Is(err, vault.ErrRefused):
 		e = refuse(key, secret.VaultRefused, "the vault refuses the broker's own credentials; its operator has to grant them")
 	case errors.Is(err, vault.ErrUnavailable):

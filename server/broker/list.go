@@ -78,7 +78,8 @@ func (p place) token() string {
 }
 
 // List gives the metadata of many secrets, live ones first.
-func (b *Broker) List(ctx context.Context, req ListRequest) (ListResult, error) {
+func (b *Broker) List(ctx context.Context, call Call, req ListRequest) (ListResult, error) {
+	ctx = call.on(ctx)
 	at := place{Instance: req.Instance.String(), Deleted: req.ShowDeleted}
 	if req.Token != "" {
 		raw, err := base64.RawURLEncoding.DecodeString(req.Token)
@@ -129,7 +130,7 @@ func (b *Broker) listInstance(ctx context.Context, req ListRequest, at place) (L
 		if !req.Visible(key) {
 			continue
 		}
-		s, err := b.look(ctx, key)
+		s, err := b.look(ctx, key, whole)
 		if err != nil {
 			return ListResult{}, err
 		}

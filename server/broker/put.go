@@ -31,6 +31,9 @@ type PutResult struct {
 // writes the first version that is served from then on.
 func (b *Broker) Put(ctx context.Context, call Call, req PutRequest) (PutResult, error) {
 	op := newOperation(call, req.Key, letterPut, req.RequestID)
+	// Over what is absent and over what is deleted a put is the same, and the vault
+	// says so itself; but a precondition is to be judged after the request id.
+	op.depth = depth(req.MustMatchVersion == "")
 	return do(b, ctx, op, func(ctx context.Context) (PutResult, error) {
 		s, base, replay, err := b.prepare(ctx, op)
 		if err != nil {
@@ -43,13 +46,16 @@ func (b *Broker) Put(ctx context.Context, call Call, req PutRequest) (PutResult,
 			}
 			return PutResult{Metadata: s.metadata(v)}, nil
 		}
+		if op.again != nil && !op.again.value.Equal(req.Value) {
+			return PutResult{}, errRequestIDReused(op.key)
+		}
 		switch {
 		case req.MustNotExist && (s.state == Active || s.state == Disabled):
 			return PutResult{}, refuse(op.key, secret.SecretExists, "the secret exists, and must_not_exist was set; leave it out to overwrite")
 		case s.state == Disabled && req.MustMatchVersion == "":
 			return PutResult{}, errDisabled(op.key)
 		}
-		if err := s.matches(req.MustMatchVersion); err != nil {
+		if err := b.matches(ctx, s, req.MustMatchVersion); err != nil {
 			return PutResult{}, err
 		}
 		if s.state == Active && s.value.Equal(req.Value) {
@@ -93,6 +99,7 @@ type RotateResult struct {
 // done afterwards.
 func (b *Broker) Rotate(ctx context.Context, call Call, req RotateRequest) (RotateResult, error) {
 	op := newOperation(call, req.Key, letterRotate, req.RequestID)
+	op.depth = depth(req.MustMatchVersion == "" && req.AllowMissing)
 	return do(b, ctx, op, func(ctx context.Context) (RotateResult, error) {
 		s, base, replay, err := b.prepare(ctx, op)
 		if err != nil {
@@ -100,6 +107,9 @@ func (b *Broker) Rotate(ctx context.Context, call Call, req RotateRequest) (Rota
 		}
 		if replay != nil {
 			return b.redoRotate(ctx, s, *replay, req.NewValue)
+		}
+		if op.again != nil && !req.NewValue.IsEmpty() && !op.again.value.Equal(req.NewValue) {
+			return RotateResult{}, errRequestIDReused(op.key)
 		}
 		// A vault that discards has nothing to rotate, and the contract lets it.
 		missing := req.AllowMissing || b.discards
@@ -111,13 +121,20 @@ func (b *Broker) Rotate(ctx context.Context, call Call, req RotateRequest) (Rota
 		case s.state == Disabled && req.MustMatchVersion == "":
 			return RotateResult{}, errDisabled(op.key)
 		}
-		if err := s.matches(req.MustMatchVersion); err != nil {
+		if err := b.matches(ctx, s, req.MustMatchVersion); err != nil {
 			return RotateResult{}, err
 		}
 		var made secret.Value
 		value := req.NewValue
 		if op.key.Kind() == secret.RegistrationToken {
-			made = secret.MintToken()
+			// One token for one operation, however often it is judged or sent.
+			switch {
+			case op.again != nil:
+				op.minted = op.again.value
+			case op.minted.IsEmpty():
+				op.minted = secret.MintToken()
+			}
+			made = op.minted
 			value = made
 		}
 		if s.state == Active && s.value.Equal(value) {

@@ -28,7 +28,8 @@ type GetResult struct {
 }
 
 // Get reads a value from the vault.
-func (b *Broker) Get(ctx context.Context, req GetRequest) (GetResult, error) {
+func (b *Broker) Get(ctx context.Context, call Call, req GetRequest) (GetResult, error) {
+	ctx = call.on(ctx)
 	result, err := steady(func() (GetResult, error) { return b.get(ctx, req) })
 	if err != nil {
 		return GetResult{}, vaultError(ctx, req.Key, err)
@@ -37,9 +38,12 @@ func (b *Broker) Get(ctx context.Context, req GetRequest) (GetResult, error) {
 }
 
 func (b *Broker) get(ctx context.Context, req GetRequest) (GetResult, error) {
-	s, err := b.load(ctx, req.Key)
+	s, err := b.load(ctx, req.Key, whole)
 	if err != nil {
 		return GetResult{}, err
+	}
+	if s.late != nil {
+		b.repair(req.Key)
 	}
 	want := req.Version
 	if want == "" {
@@ -107,7 +111,8 @@ type Description struct {
 }
 
 // Describe reads what is known of a secret from the vault.
-func (b *Broker) Describe(ctx context.Context, key secret.Key) (Description, error) {
+func (b *Broker) Describe(ctx context.Context, call Call, key secret.Key) (Description, error) {
+	ctx = call.on(ctx)
 	d, err := steady(func() (Description, error) { return b.describe(ctx, key) })
 	if err != nil {
 		return Description{}, vaultError(ctx, key, err)
@@ -116,9 +121,12 @@ func (b *Broker) Describe(ctx context.Context, key secret.Key) (Description, err
 }
 
 func (b *Broker) describe(ctx context.Context, key secret.Key) (Description, error) {
-	s, err := b.load(ctx, key)
+	s, err := b.load(ctx, key, whole)
 	if err != nil {
 		return Description{}, err
+	}
+	if s.late != nil {
+		b.repair(key)
 	}
 	d := Description{Metadata: s.metadata(s.current)}
 	switch s.state {

@@ -23,6 +23,11 @@ type snapshot struct {
 	value     secret.Value
 	deletedAt time.Time
 	purgeAt   time.Time
+	// unsure reports that an Absent secret may as well be deleted: nobody looked.
+	unsure bool
+	// late is the vault's newest version where that is a late one: current is then
+	// the one that counts.
+	late *version
 	// listed holds all versions, the current one first, then newest first; nil
 	// until they were needed.
 	listed []version
@@ -44,11 +49,21 @@ func newVersion(p vault.Properties) version {
 	return version{p, r}
 }
 
+// depth says how far a look goes.
+type depth bool
+
+const (
+	// whole looks at what is deleted too.
+	whole depth = false
+	// live is content to know that a name is not live.
+	live depth = true
+)
+
 // load reads a secret. It asks for the value, then for what is left of a deleted
-// name, and lists the versions where the vault shows no tags: of a disabled
-// version.
-func (b *Broker) load(ctx context.Context, key secret.Key) (*snapshot, error) {
-	s, err := b.look(ctx, key)
+// name, and lists the versions where the vault shows no tags, of a disabled
+// version, and where its answer is not the greatest that is known.
+func (b *Broker) load(ctx context.Context, key secret.Key, d depth) (*snapshot, error) {
+	s, err := b.look(ctx, key, d)
 	if err != nil {
 		return nil, err
 	}
@@ -59,8 +74,21 @@ func (b *Broker) load(ctx context.Context, key secret.Key) (*snapshot, error) {
 }
 
 // look is load for a list, which shows copied ones too.
-func (b *Broker) look(ctx context.Context, key secret.Key) (*snapshot, error) {
-	return steady(func() (*snapshot, error) { return b.loadOnce(ctx, key) })
+func (b *Broker) look(ctx context.Context, key secret.Key, d depth) (*snapshot, error) {
+	pauses := vault.NewPauses(lookPause, time.Second)
+	for asked := 1; ; asked++ {
+		s, err := steady(func() (*snapshot, error) { return b.loadOnce(ctx, key, d, asked) })
+		if !errors.Is(err, errStale) {
+			return s, err
+		}
+		if !vault.Pause(ctx, b.wait, pauses.NextBackOff()) {
+			if ctx.Err() != nil {
+				return nil, ctx.Err()
+			}
+			k, _ := b.knownOf(key)
+			return nil, refuse(key, secret.StalenessUnsatisfiable, "the vault gives a version older than generation %d, which this broker has written or seen; try again", k.generation)
+		}
+	}
 }
 
 // steady looks again when a secret was changed between two requests of one look,
@@ -70,30 +98,42 @@ func steady[T any](look func() (T, error)) (T, error) {
 	for n := 1; ; n++ {
 		result, err := look()
 		var told *Error
-		if n == looks || errors.As(err, &told) || !errors.Is(err, vault.ErrNotFound) && !errors.Is(err, vault.ErrDisabled) {
+		if n == looks || errors.As(err, &told) || !changed(err) {
 			return result, err
 		}
 	}
 }
 
-func (b *Broker) loadOnce(ctx context.Context, key secret.Key) (*snapshot, error) {
+// changed reports whether err says no more than that a secret is not as it was a
+// moment ago.
+func changed(err error) bool {
+	return errors.Is(err, vault.ErrNotFound) || errors.Is(err, vault.ErrDisabled) || errors.Is(err, errUnlike)
+}
+
+func (b *Broker) loadOnce(ctx context.Context, key secret.Key, d depth, asked int) (*snapshot, error) {
 	s := &snapshot{key: key, asOf: b.now()}
 	hidings := b.countHidings()
 	props, value, err := b.vault.Get(ctx, key, "")
 	switch {
 	case err == nil:
 		s.live, s.current, s.value, s.state = true, newVersion(props), value, Active
-		b.remember(key, s.current.generation)
+		if err := b.judge(ctx, s, asked); err != nil {
+			return nil, err
+		}
 	case errors.Is(err, vault.ErrDisabled):
 		s.live = true
 		if err := b.list(ctx, s); err != nil {
 			return nil, err
 		}
-		s.state = Disabled
-		if m := s.current.deleted; m != nil {
-			s.state, s.deletedAt = Deleted, m.at
+		if err := b.enter(ctx, s); err != nil {
+			return nil, err
 		}
 	case errors.Is(err, vault.ErrNotFound):
+		b.missing(key)
+		if d == live {
+			s.unsure = true
+			return s, nil
+		}
 		d, err := b.vault.GetDeleted(ctx, key)
 		if errors.Is(err, vault.ErrNotFound) {
 			return s, nil
@@ -116,11 +156,115 @@ func (b *Broker) loadOnce(ctx context.Context, key secret.Key) (*snapshot, error
 	return s, nil
 }
 
+var (
+	// errStale: the vault's answer is older than what is known; ask again.
+	errStale = errors.New("broker: the vault's answer is older than what is known")
+	// errUnlike: the list of versions knows a greater one than the answer before it.
+	errUnlike = errors.New("broker: the vault's answers contradict each other")
+)
+
+const (
+	lookPause = 100 * time.Millisecond
+	// tiedLooks is how often the vault is asked before the newer of two versions of
+	// the same second, by its own count, is believed to be that.
+	tiedLooks = 4
+	// believe is after how long a vault that insists is believed, whatever its
+	// times of creation say: they may come from several machines.
+	believe = time.Minute
+)
+
+// judge compares the vault's newest version with the greatest that is known. A
+// lesser one is either an old answer, a late write, or that of a new secret.
+func (b *Broker) judge(ctx context.Context, s *snapshot, asked int) error {
+	k, ok := b.knownOf(s.key)
+	switch {
+	case s.current.generation == 0: // somebody else's: it counts
+		return nil
+	case !ok || !k.later(s.current):
+		b.see(s.key, s.current)
+		return nil
+	case k.gone: // it was absent in between
+		b.replace(s.key, s.current)
+		return nil
+	}
+	insists := b.doubt(s.key) > believe
+	if s.current.Created.Before(k.created) && !insists {
+		return errStale
+	}
+	if err := b.listVersions(ctx, s); err != nil {
+		return err
+	}
+	greatest := s.greatest()
+	switch {
+	case !greatest.later(s.current.record):
+		b.replace(s.key, s.current)
+		return nil
+	case insists:
+	case s.current.Created.Before(greatest.Created),
+		s.current.Created.Equal(greatest.Created) && asked < tiedLooks:
+		return errStale
+	}
+	s.putBehind(greatest)
+	return b.enter(ctx, s)
+}
+
+// greatest is the greatest of the broker's own versions; s must be listed.
+func (s *snapshot) greatest() version {
+	var greatest version
+	for _, v := range s.listed {
+		if v.generation > 0 && v.later(greatest.record) {
+			greatest = v
+		}
+	}
+	return greatest
+}
+
+// putBehind makes greatest the current version, and what the vault holds for it a
+// late one.
+func (s *snapshot) putBehind(greatest version) {
+	late := s.current
+	s.late, s.current, s.value = &late, greatest, secret.Value{}
+	at := slices.IndexFunc(s.listed, func(v version) bool { return v.Version == greatest.Version })
+	s.listed = slices.Concat([]version{greatest}, s.listed[:at], s.listed[at+1:])
+}
+
+// enter sets the state, and the value, by a current version that was found in the
+// list.
+func (b *Broker) enter(ctx context.Context, s *snapshot) error {
+	switch m := s.current.deleted; {
+	case s.current.Enabled && s.late != nil:
+		props, value, err := b.vault.Get(ctx, s.key, s.current.Version)
+		if err != nil {
+			return err
+		}
+		s.current, s.value, s.state = newVersion(props), value, Active
+	case s.current.Enabled:
+		return vault.ErrNotFound // changed between the two requests
+	case m != nil:
+		s.state, s.deletedAt = Deleted, m.at
+	default:
+		s.state = Disabled
+	}
+	return nil
+}
+
 // list reads all versions into s, once.
 func (b *Broker) list(ctx context.Context, s *snapshot) error {
 	if s.listed != nil {
 		return nil
 	}
+	if err := b.listVersions(ctx, s); err != nil {
+		return err
+	}
+	if greatest := s.greatest(); s.current.generation > 0 && greatest.later(s.current.record) {
+		b.see(s.key, greatest) // what the next look goes by
+		return errUnlike
+	}
+	return nil
+}
+
+// listVersions is list without a judgement.
+func (b *Broker) listVersions(ctx context.Context, s *snapshot) error {
 	all, err := b.vault.Versions(ctx, s.key)
 	if err != nil {
 		return err
@@ -140,12 +284,17 @@ func (b *Broker) list(ctx context.Context, s *snapshot) error {
 		return v.Version == s.current.Version
 	})
 	if at < 0 {
+		s.listed = nil
 		return vault.ErrNotFound // changed between the two requests
 	}
-	if s.current.Version == "" {
+	found := s.current.Version != ""
+	if !found {
 		s.current = s.listed[at]
 	}
 	s.listed = slices.Concat([]version{s.listed[at]}, s.listed[:at], s.listed[at+1:])
+	if greatest := s.greatest(); !found && s.current.generation > 0 && greatest.later(s.current.record) {
+		s.putBehind(greatest) // a late one that was disabled already
+	}
 	return nil
 }
 
@@ -192,7 +341,7 @@ func (b *Broker) find(ctx context.Context, s *snapshot, id string) (version, boo
 // current version, which has no expiry.
 func (s *snapshot) expiry(v version) time.Time {
 	for i, by := range s.listed {
-		if by.previous != v.Version {
+		if by.previous != v.Version || s.putDown(by) {
 			continue
 		}
 		end := by.graceEnd
@@ -209,18 +358,21 @@ func (s *snapshot) expiry(v version) time.Time {
 	return time.Time{}
 }
 
+// putDown reports whether v is a late version that was put down: it never
+// replaced anything. s must be listed.
+func (s *snapshot) putDown(v version) bool {
+	return !v.Enabled && v.generation > 0 && slices.ContainsFunc(s.listed, func(g version) bool {
+		return g.generation > 0 && g.later(v.record) && g.Created.Before(v.Created)
+	})
+}
+
 // served reports whether v is not from before a delete that a put overwrote. s
 // must be listed, unless v is the current version.
 func (s *snapshot) served(v version) bool {
 	if v.Version == s.current.Version {
 		return true
 	}
-	var newest version // of the broker's own: it bears the bound
-	for _, l := range s.listed {
-		if l.generation > 0 && l.later(newest.record) {
-			newest = l
-		}
-	}
+	newest := s.greatest() // it bears the bound
 	if newest.first == 0 {
 		return true
 	}
@@ -261,62 +413,3 @@ func (s *snapshot) metadata(v version) Metadata {
 // marked reports whether the broker's own delete keeps this version from being
 // read.
 func (v version) marked() bool { return v.deleted != nil && !v.Enabled }
-
-// hide keeps a version from being served that is about to be live in the vault.
-func (b *Broker) hide(s *snapshot) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.hidden[s.key] = hiddenVersion{s.current.Version, s.current.Created, s.deletedAt}
-	b.hidings++
-}
-
-func (b *Broker) unhide(key secret.Key) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if _, ok := b.hidden[key]; ok {
-		delete(b.hidden, key)
-		b.hidings++
-	}
-}
-
-func (b *Broker) countHidings() int64 {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.hidings
-}
-
-// isHidden reports whether this version is hidden, and when the secret was
-// deleted. In lists of names versions have no id; there the time of creation
-// tells.
-func (b *Broker) isHidden(p vault.Properties) (time.Time, bool) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	h, ok := b.hidden[p.Key]
-	return h.deletedAt, ok && (h.version == p.Version || p.Version == "" && h.created.Equal(p.Created))
-}
-
-// remember keeps any later write from taking this generation again: that of a
-// write of unknown outcome, or of a version whose tags somebody may take away.
-func (b *Broker) remember(key secret.Key, generation int64) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if generation > b.highest[key] {
-		b.highest[key] = generation
-	}
-}
-
-func (b *Broker) highestOf(key secret.Key) int64 {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.highest[key]
-}
-
-// forget drops what is remembered of a name that is absent: whoever comes next
-// is a new secret. Only the holder of the secret's lock may know that it is: to a
-// reader, a name that is being recovered can look absent.
-func (b *Broker) forget(key secret.Key) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	delete(b.highest, key)
-	delete(b.hidden, key)
-}

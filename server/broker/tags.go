@@ -95,10 +95,15 @@ func parseTags(t vault.Tags) record {
 	r.format, _ = strconv.Atoi(t[tagFormat])
 	r.key = t[tagKey]
 	r.generation = parseCount(t[tagGeneration])
-	if r.generation > 0 {
+	epoch, auditID, _ := strings.Cut(t[tagEpoch], " ")
+	if r.epoch = parseCount(epoch); r.epoch == 0 {
+		// Without it nothing says whether the version is a late one.
+		r.generation = 0
+	}
+	if r.generation == 0 {
+		r.epoch = 0
+	} else {
 		r.createdBy = t[tagCreatedBy]
-		epoch, auditID, _ := strings.Cut(t[tagEpoch], " ")
-		r.epoch = parseCount(epoch)
 		if isID(auditID, maxID) {
 			r.auditID = auditID
 		}

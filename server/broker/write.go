@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"runtime/debug"
+	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/google/uuid"
 
@@ -22,6 +24,12 @@ type operation struct {
 	id     string // the caller's request id, or one made here
 	asked  bool   // the caller gave the id, so it may have been done before
 	phase  atomic.Int32
+
+	// What lasts when the write is judged again, because the secret changed under
+	// it.
+	depth  depth         // whether it has to look at what is deleted
+	minted secret.Value  // the token that it made
+	again  *pendingWrite // the same request, sent before with unknown outcome
 }
 
 // Phases of an operation. It leaves pending once, for one of the others.
@@ -39,9 +47,9 @@ func newOperation(call Call, key secret.Key, letter byte, requestID string) *ope
 	return op
 }
 
-// effect is called before anything is sent that changes the vault. It fails when
+// begin is called before anything is sent that changes the vault. It fails when
 // the caller is gone already; from its success on, the operation is carried on.
-func (op *operation) effect() error {
+func (op *operation) begin() error {
 	if op.phase.CompareAndSwap(pending, started) || op.phase.Load() == started {
 		return nil
 	}
@@ -50,7 +58,8 @@ func (op *operation) effect() error {
 
 // do runs a write: one at a time per secret, to its end once it has had an
 // effect, and with a commit state on every error. work gets a context of its
-// own, which outlives the caller's by up to carryOn once work called effect.
+// own, which outlives the caller's by up to carryOn once something was sent that
+// changes the vault. It runs again when the secret changed under it before that.
 func do[R any](b *Broker, ctx context.Context, op *operation, work func(context.Context) (R, error)) (R, error) {
 	var none R
 	b.mu.Lock()
@@ -74,6 +83,8 @@ func do[R any](b *Broker, ctx context.Context, op *operation, work func(context.
 	}
 
 	workCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), carryOn)
+	patience, _ := ctx.Deadline()
+	workCtx = vault.WithOrigin(workCtx, vault.Origin{Caller: op.Caller, RequestID: op.AuditID, Patience: patience, Effect: op.begin})
 	leave := context.AfterFunc(ctx, func() {
 		if op.phase.CompareAndSwap(pending, abandoned) {
 			cancel()
@@ -100,7 +111,9 @@ func do[R any](b *Broker, ctx context.Context, op *operation, work func(context.
 					// Cut off by shutdown rather than by the caller or the vault.
 					o.err = shutdownError(op, o.err)
 				}
-				o.err = withCommit(vaultError(ctx, op.key, o.err), secret.NotApplied)
+				o.err = b.told(ctx, op, o.err)
+			} else {
+				b.settled(op.key, op.id)
 			}
 			if ctx.Err() != nil && op.phase.Load() == started {
 				b.log.Info("a write ended after its caller was gone", "key", op.key.String(), "audit_id", op.AuditID, "operation_id", op.id, "applied", o.err == nil, "error", o.err)
@@ -113,6 +126,22 @@ func do[R any](b *Broker, ctx context.Context, op *operation, work func(context.
 			ended <- o
 		}()
 		o.result, o.err = work(workCtx)
+		pauses := vault.NewPauses(movedPause, longestPause)
+		for tries := 1; moved(o.err) && (tries < mostTries || errors.Is(o.err, vault.ErrDeleted)); tries++ {
+			if errors.Is(o.err, vault.ErrDeleted) {
+				op.depth = whole
+				err := b.vault.Settle(workCtx, op.key)
+				if err != nil && !errors.Is(err, vault.ErrNotFound) {
+					o.err = err
+					break
+				}
+				// Absent, and yet the name is taken: it is being purged.
+				if err != nil && !b.pause(workCtx, op, pauses.NextBackOff()) {
+					break
+				}
+			}
+			o.result, o.err = work(workCtx)
+		}
 	}()
 
 	select {
@@ -133,10 +162,103 @@ func do[R any](b *Broker, ctx context.Context, op *operation, work func(context.
 	return none, withCommit(err, secret.Unknown)
 }
 
+const (
+	// mostTries bounds how often a write is judged again.
+	mostTries = 4
+	// Waits for a name that is being purged, and between a write of unknown outcome
+	// and the next look.
+	movedPause   = time.Second
+	firstPause   = 200 * time.Millisecond
+	longestPause = 15 * time.Second
+)
+
+// moved reports whether a write found the secret in another state than the one
+// that it was judged by, and did nothing.
+func moved(err error) bool {
+	var told *Error
+	return !errors.As(err, &told) && !vault.IsUncertain(err) && (changed(err) || errors.Is(err, vault.ErrDeleted))
+}
+
+// told is err in the contract's words. A request that was sent before with unknown
+// outcome stays unknown, as long as that one would count if it arrived.
+func (b *Broker) told(ctx context.Context, op *operation, err error) error {
+	e := vaultError(ctx, op.key, err)
+	switch {
+	case e.Commit != "":
+	case vault.IsUncertain(err):
+		e.Commit = secret.Unknown
+	case op.asked && e.Reason != secret.RequestIDReused && b.mayStillApply(op.key, op.id):
+		e.Commit = secret.Unknown
+	default:
+		e.Commit = secret.NotApplied
+	}
+	return e
+}
+
+// pause lets time pass, as long as the caller is there or the write is carried on
+// without.
+func (b *Broker) pause(ctx context.Context, op *operation, d time.Duration) bool {
+	if op.phase.Load() == started {
+		ctx = carried(ctx)
+	}
+	return vault.Pause(ctx, b.wait, d)
+}
+
+// carried is ctx for what goes on when the caller's patience is at its end.
+func carried(ctx context.Context) context.Context {
+	o := vault.OriginOf(ctx)
+	o.Patience = time.Time{}
+	return vault.WithOrigin(ctx, o)
+}
+
+// settle makes a vault write until its outcome is known. After one of unknown
+// outcome landed tells whether it is there; if not, it is made again, by the
+// context's end. What the vault refuses for a time is made again as long as the
+// caller waits.
+func (b *Broker) settle(ctx context.Context, op *operation, write func(context.Context) error, landed func(context.Context) (bool, error)) error {
+	pauses := vault.NewPauses(firstPause, longestPause)
+	var doubt error
+	for {
+		err := write(ctx)
+		again := vault.IsUncertain(err)
+		switch {
+		case err == nil:
+			return nil
+		case again:
+			doubt = err
+			ctx = carried(ctx)
+		case errors.Is(err, vault.ErrThrottled) && op.phase.Load() == started:
+			again = true
+		case doubt == nil:
+			return err
+		}
+		there, lookErr := landed(ctx)
+		for lookErr != nil && doubt != nil && vault.Pause(ctx, b.wait, max(pauses.NextBackOff(), vault.RetryAfter(lookErr))) {
+			there, lookErr = landed(ctx)
+		}
+		switch {
+		case there:
+			return nil
+		case lookErr != nil && doubt != nil:
+			return doubt
+		case !again: // refused now, after one that may have been done
+			return vault.Uncertain(err)
+		case !vault.Pause(ctx, b.wait, max(pauses.NextBackOff(), vault.RetryAfter(err))):
+			if doubt != nil {
+				return doubt
+			}
+			return err
+		}
+	}
+}
+
 // shutdownError keeps the commit state of a write that shutdown cut off.
 func shutdownError(op *operation, err error) error {
 	e := refuse(op.key, secret.ShuttingDown, "this broker shut down during the write; the same request id tells its outcome, at another broker or after the restart")
 	e.Commit, e.cause = vaultError(context.Background(), op.key, err).Commit, err
+	if vault.IsUncertain(err) {
+		e.Commit = secret.Unknown
+	}
 	return e
 }
 
@@ -144,10 +266,18 @@ func shutdownError(op *operation, err error) error {
 // finds the operation among those that were done already, by the caller's
 // request id: then replay is not nil.
 func (b *Broker) prepare(ctx context.Context, op *operation) (s *snapshot, base version, replay *done, err error) {
-	if s, err = b.load(ctx, op.key); err != nil {
-		return nil, version{}, nil, err
+	for {
+		if s, err = b.load(ctx, op.key, op.depth); err != nil {
+			return nil, version{}, nil, err
+		}
+		if s.late == nil {
+			break
+		}
+		if err := b.putDown(ctx, op, s); err != nil {
+			return nil, version{}, nil, err
+		}
 	}
-	if s.state == Absent {
+	if s.state == Absent && !s.unsure {
 		b.forget(op.key)
 	}
 	if base, err = b.base(ctx, s); err != nil {
@@ -156,17 +286,22 @@ func (b *Broker) prepare(ctx context.Context, op *operation) (s *snapshot, base 
 	if max(s.current.format, base.format) > currentFormat {
 		return nil, version{}, nil, refuse(op.key, secret.KeyMismatch, "a newer release wrote this secret in a format that this one cannot write; upgrade the broker")
 	}
-	for own := b.epoch.Load(); base.epoch > own; own = b.epoch.Load() {
-		b.epoch.CompareAndSwap(own, base.epoch+1)
-	}
+	b.raiseEpoch(base.epoch)
 	if op.asked {
 		for _, d := range s.history(base) {
 			if d.id == op.id {
 				if d.letter != op.letter {
 					return nil, version{}, nil, errRequestIDReused(op.key)
 				}
+				b.settled(op.key, op.id)
 				return s, base, &d, nil
 			}
+		}
+		if w, ok := b.pendingOf(op.key, op.id); ok {
+			if w.letter != op.letter {
+				return nil, version{}, nil, errRequestIDReused(op.key)
+			}
+			op.again = &w
 		}
 	}
 	return s, base, nil, nil
@@ -197,16 +332,13 @@ func (b *Broker) store(ctx context.Context, op *operation, s *snapshot, base ver
 	// broker's memory keeps it from being read.
 	recovered := over && !s.current.marked()
 	if over && !s.live {
-		if err := op.effect(); err != nil {
-			return nil, err
-		}
 		if recovered {
 			b.hide(s)
 		}
-		if err := b.vault.Recover(ctx, op.key); vault.IsUncertain(err) {
-			return nil, b.deleteAgain(ctx, op, recovered, err)
-		} else if err != nil {
-			b.unhide(op.key)
+		if err := b.bringBack(ctx, op); err != nil {
+			if !vault.IsUncertain(err) {
+				b.unhide(op.key)
+			}
 			return nil, err
 		}
 		s.live = true
@@ -216,9 +348,16 @@ func (b *Broker) store(ctx context.Context, op *operation, s *snapshot, base ver
 		}
 	}
 
-	highest := max(base.generation, b.highestOf(op.key))
+	highest := max(base.generation, b.highestOf(op.key, s.state == Absent))
 	r.generation, r.createdBy = highest+1, op.Caller
 	r.epoch, r.auditID = b.epoch.Load(), op.AuditID
+	if again := op.again; again != nil {
+		if again.generation == highest && again.epoch == r.epoch {
+			r.generation = highest // nothing came since: it is one write, sent twice
+		} else {
+			r.epoch = b.epoch.Add(1) // so that the one sent before is a late one
+		}
+	}
 	r.made = done{letter: op.letter, id: op.id}
 	r.others = s.history(base)
 	r.others = r.others[:min(len(r.others), remembered)]
@@ -226,25 +365,50 @@ func (b *Broker) store(ctx context.Context, op *operation, s *snapshot, base ver
 	if over {
 		r.first = r.generation
 	}
-	v := vault.NewVersion{Value: value, ContentType: s.current.ContentType, Tags: b.encode(r, s)}
-	if err := op.effect(); err != nil {
+	after, err := b.set(ctx, op, s, value, r)
+	switch {
+	case vault.IsUncertain(err):
+		b.pend(op.key, pendingWrite{letter: op.letter, id: op.id, value: value, epoch: r.epoch, generation: r.generation})
+		return nil, err
+	case err != nil:
 		return nil, b.deleteAgain(ctx, op, recovered, err)
 	}
-	props, err := b.vault.Set(ctx, op.key, v)
-	if vault.IsUncertain(err) {
-		if found, ok := b.landed(ctx, op); ok {
-			props, err = found, nil
-		} else {
-			b.remember(op.key, r.generation)
-			return nil, withCommit(vaultError(ctx, op.key, err), secret.Unknown)
-		}
+	if s.state == Absent {
+		b.forget(op.key)
 	}
-	if err != nil {
-		return nil, b.deleteAgain(ctx, op, recovered, err)
-	}
-	b.remember(op.key, r.generation)
+	b.see(op.key, after)
 	b.unhide(op.key)
-	return &snapshot{key: op.key, state: Active, live: true, current: newVersion(props)}, nil
+	return &snapshot{key: op.key, state: Active, live: true, current: after}, nil
+}
+
+// set makes one new version of what r says.
+func (b *Broker) set(ctx context.Context, op *operation, s *snapshot, value secret.Value, r record) (version, error) {
+	v := vault.NewVersion{Value: value, ContentType: s.current.ContentType, Tags: b.encode(r, s)}
+	var props vault.Properties
+	err := b.settle(ctx, op, func(ctx context.Context) (err error) {
+		props, err = b.vault.Set(ctx, op.key, v)
+		return err
+	}, func(ctx context.Context) (there bool, err error) {
+		props, there, err = b.landed(ctx, s, r)
+		return there, err
+	})
+	return newVersion(props), err
+}
+
+// bringBack recovers a deleted name in the vault.
+func (b *Broker) bringBack(ctx context.Context, op *operation) error {
+	return b.settle(ctx, op, func(ctx context.Context) error {
+		return b.vault.Recover(ctx, op.key)
+	}, func(ctx context.Context) (bool, error) {
+		_, _, err := b.vault.Get(ctx, op.key, "")
+		if errors.Is(err, vault.ErrNotFound) {
+			return false, nil
+		}
+		if errors.Is(err, vault.ErrDisabled) {
+			return true, nil
+		}
+		return err == nil, err
+	})
 }
 
 // deleteAgain undoes the recover of a secret that somebody else had deleted,
@@ -267,13 +431,31 @@ func (b *Broker) deleteAgain(ctx context.Context, op *operation, recovered bool,
 	return cause
 }
 
-// landed looks whether the version of a write of unknown outcome is there.
-func (b *Broker) landed(ctx context.Context, op *operation) (vault.Properties, bool) {
-	props, _, err := b.vault.Get(ctx, op.key, "")
-	if err != nil {
-		return vault.Properties{}, false
+// landed looks whether the version that r was sent for is there. It is the newest,
+// or there is none newer than the one that it was to replace, or the list tells.
+func (b *Broker) landed(ctx context.Context, s *snapshot, r record) (vault.Properties, bool, error) {
+	same := func(p vault.Properties) bool {
+		found := newVersion(p).record
+		return found.made == r.made && found.epoch == r.epoch
 	}
-	return props, parseTags(props.Tags).made == done{letter: op.letter, id: op.id}
+	newest, _, err := b.vault.Get(ctx, s.key, "")
+	switch {
+	case err == nil && same(newest):
+		return newest, true, nil
+	case err == nil && newest.Version == s.current.Version, errors.Is(err, vault.ErrNotFound):
+		return vault.Properties{}, false, nil
+	case err != nil && !errors.Is(err, vault.ErrDisabled):
+		return vault.Properties{}, false, err
+	}
+	all, err := b.vault.Versions(ctx, s.key)
+	if errors.Is(err, vault.ErrNotFound) {
+		return vault.Properties{}, false, nil
+	}
+	at := slices.IndexFunc(all, same)
+	if err != nil || at < 0 {
+		return vault.Properties{}, false, err
+	}
+	return all[at], true, nil
 }
 
 // encode writes r into tags, beside those that others put on the current version.
@@ -311,10 +493,21 @@ func (b *Broker) redo(ctx context.Context, s *snapshot, d done, value secret.Val
 	return v, nil
 }
 
-// matches judges must_match_version against the current version.
-func (s *snapshot) matches(mustMatch string) error {
-	if mustMatch == "" || s.state != Absent && s.state != Deleted && mustMatch == s.current.Version {
+// matches judges must_match_version against the current version. A write that was
+// sent twice may have made two versions: they are one to a caller.
+func (b *Broker) matches(ctx context.Context, s *snapshot, mustMatch string) error {
+	there := s.state != Absent && s.state != Deleted
+	if mustMatch == "" || there && mustMatch == s.current.Version {
 		return nil
+	}
+	if there && s.current.made.id != "" {
+		v, ok, err := b.find(ctx, s, mustMatch)
+		if err != nil {
+			return err
+		}
+		if ok && v.made == s.current.made && v.epoch == s.current.epoch {
+			return nil
+		}
 	}
 	return refuse(s.key, secret.VersionMismatch, "the current version is not the one that must_match_version names; read the secret again and decide anew")
 }

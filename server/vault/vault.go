@@ -29,8 +29,10 @@ const (
 // their context, but for the time of a commit under way. Every error wraps one
 // of the errors of this package, or the context's.
 //
-// A method that writes returns an error with IsUncertain when the write may have
-// happened or may yet; after any other error it did not happen and will not.
+// A method that writes calls BeginEffect before it changes anything. It returns an
+// error with IsUncertain when the write may have happened or may yet; after any
+// other error it did not happen and will not. It is not repeated by the vault, so
+// that who knows what makes a write one write decides that.
 type Vault interface {
 	// Set stores a new version, which becomes the current one. A deleted name is
 	// ErrDeleted.
@@ -61,6 +63,11 @@ type Vault interface {
 	// Recover undoes Delete and returns once the name can be used again.
 	// ErrNotFound when it is not deleted.
 	Recover(ctx context.Context, key secret.Key) error
+
+	// Settle waits until a name is in no state between, in which neither Get nor
+	// GetDeleted finds it though it is not gone. ErrNotFound when it is absent;
+	// nil when it is live or deleted. It changes nothing.
+	Settle(ctx context.Context, key secret.Key) error
 
 	// List gives the newest version of each live name, without version ids, in
 	// pages of at most max (at least 1), beginning where the skip of the page
@@ -163,6 +170,26 @@ var (
 	// ErrUnavailable: the vault cannot be reached or cannot do its work.
 	ErrUnavailable = errors.New("vault: unavailable")
 )
+
+type throttledError struct {
+	err   error
+	after time.Duration
+}
+
+func (e throttledError) Error() string { return e.err.Error() }
+func (e throttledError) Unwrap() error { return e.err }
+
+// Throttled is err, which wraps ErrThrottled, with the time after which the vault
+// wants to be asked again.
+func Throttled(err error, after time.Duration) error { return throttledError{err, after} }
+
+// RetryAfter is the time that the vault named in a refusal; zero when it named
+// none.
+func RetryAfter(err error) time.Duration {
+	var t throttledError
+	errors.As(err, &t)
+	return t.after
+}
 
 type uncertainError struct{ err error }
 

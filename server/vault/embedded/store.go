@@ -176,7 +176,7 @@ func (s *Store) Set(ctx context.Context, key secret.Key, v vault.NewVersion) (va
 		return vault.Properties{}, fmt.Errorf("embedded store: sealing: %w", err)
 	}
 
-	err = s.write(ctx, func(w *writer) error {
+	err = s.change(ctx, func(w *writer) error {
 		deleted, wasDeleted, err := w.deleted.get(name)
 		if err != nil {
 			return err
@@ -245,7 +245,7 @@ func (s *Store) Update(ctx context.Context, key secret.Key, version string, patc
 		return vault.Properties{}, err
 	}
 	var p vault.Properties
-	err = s.write(ctx, func(w *writer) error {
+	err = s.change(ctx, func(w *writer) error {
 		t, at, r, err := find(w.tx, name, version)
 		if err != nil {
 			return err
@@ -274,7 +274,7 @@ func (s *Store) Delete(ctx context.Context, key secret.Key) (vault.Deleted, erro
 		return vault.Deleted{}, err
 	}
 	var d vault.Deleted
-	err = s.write(ctx, func(w *writer) error {
+	err = s.change(ctx, func(w *writer) error {
 		r, ok, err := w.live.get(name)
 		if err != nil {
 			return err
@@ -325,7 +325,7 @@ func (s *Store) Recover(ctx context.Context, key secret.Key) error {
 	if err != nil {
 		return err
 	}
-	return s.write(ctx, func(w *writer) error {
+	return s.change(ctx, func(w *writer) error {
 		r, ok, err := w.deleted.get(name)
 		if err != nil {
 			return err
@@ -339,6 +339,31 @@ func (s *Store) Recover(ctx context.Context, key secret.Key) error {
 		w.changed = true
 		return nil
 	})
+}
+
+// Settle has nothing to wait for: there is no state between.
+func (s *Store) Settle(ctx context.Context, key secret.Key) error {
+	name, err := nameOf(ctx, key)
+	if err != nil {
+		return err
+	}
+	return s.view(ctx, func(tx *bbolt.Tx) error {
+		if _, ok, err := openTable(tx, tableLive).get(name); err != nil || ok {
+			return err
+		}
+		if r, ok, err := openTable(tx, tableDeleted).get(name); err != nil || ok && !r.purged(s.now()) {
+			return err
+		}
+		return vault.ErrNotFound
+	})
+}
+
+// change is write for the calls of others.
+func (s *Store) change(ctx context.Context, fn func(w *writer) error) error {
+	if err := vault.BeginEffect(ctx); err != nil {
+		return err
+	}
+	return s.write(ctx, fn)
 }
 
 // find looks for a version of a live name, the newest when version is empty, and

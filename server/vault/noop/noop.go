@@ -48,6 +48,9 @@ func (v *Vault) Set(ctx context.Context, key secret.Key, nv vault.NewVersion) (v
 	if err := v.begin(ctx, "Set", key); err != nil {
 		return vault.Properties{}, err
 	}
+	if err := vault.BeginEffect(ctx); err != nil {
+		return vault.Properties{}, err
+	}
 	if err := vault.CheckTags(nv.Tags); err != nil {
 		return vault.Properties{}, err
 	}
@@ -81,6 +84,9 @@ func (v *Vault) Delete(ctx context.Context, key secret.Key) (vault.Deleted, erro
 	if err := v.begin(ctx, "Delete", key); err != nil {
 		return vault.Deleted{}, err
 	}
+	if err := vault.BeginEffect(ctx); err != nil {
+		return vault.Deleted{}, err
+	}
 	return vault.Deleted{
 		Properties: vault.Properties{Key: key, Version: newVersion(), Enabled: true, Created: now()},
 		DeletedAt:  now(),
@@ -95,6 +101,11 @@ func (v *Vault) GetDeleted(ctx context.Context, key secret.Key) (vault.Deleted, 
 // Recover finds nothing.
 func (v *Vault) Recover(ctx context.Context, key secret.Key) error {
 	return v.nothing(ctx, "Recover", key)
+}
+
+// Settle finds nothing.
+func (v *Vault) Settle(ctx context.Context, key secret.Key) error {
+	return v.nothing(ctx, "Settle", key)
 }
 
 // List is empty.

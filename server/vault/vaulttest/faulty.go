@@ -57,6 +57,8 @@ func (f *Faulty) Calls() []string {
 	return slices.Clone(f.calls)
 }
 
+var changes = map[string]bool{"Set": true, "Update": true, "Delete": true, "Recover": true}
+
 // around makes one call with the hooks about it. The hooks run unlocked, so that
 // one may block while other calls go on.
 func around[T any](ctx context.Context, f *Faulty, op string, key secret.Key, call func() (T, error)) (T, error) {
@@ -65,6 +67,11 @@ func around[T any](ctx context.Context, f *Faulty, op string, key secret.Key, ca
 	f.calls = append(f.calls, strings.TrimSpace(op+" "+key.String()))
 	before := f.before
 	f.mu.Unlock()
+	if changes[op] { // the hooks stand for the way to the vault: it was sent
+		if err := vault.BeginEffect(ctx); err != nil {
+			return zero, err
+		}
+	}
 	if before != nil {
 		if err := before(ctx, op, key); err != nil {
 			return zero, err
@@ -118,6 +125,11 @@ func (f *Faulty) GetDeleted(ctx context.Context, key secret.Key) (vault.Deleted,
 
 func (f *Faulty) Recover(ctx context.Context, key secret.Key) error {
 	_, err := around(ctx, f, "Recover", key, func() (struct{}, error) { return struct{}{}, f.Vault.Recover(ctx, key) })
+	return err
+}
+
+func (f *Faulty) Settle(ctx context.Context, key secret.Key) error {
+	_, err := around(ctx, f, "Settle", key, func() (struct{}, error) { return struct{}{}, f.Vault.Settle(ctx, key) })
 	return err
 }
 

@@ -1,0 +1,86 @@
+package broker
+
+import (
+	"context"
+	"slices"
+
+	"github.com/google/uuid"
+
+	"github.com/exto/secrets-broker/secret"
+	"github.com/exto/secrets-broker/server/vault"
+)
+
+// A vault may commit a write long after it was given up: after a later one, or
+// after a restart. It cannot be fenced, so it is put down: what counts is written
+// again on top, and the late version disabled.
+
+// putDown puts down the late version of s, under the lock of the secret.
+func (b *Broker) putDown(ctx context.Context, op *operation, s *snapshot) error {
+	if s.current.format > currentFormat {
+		return refuse(op.key, secret.KeyMismatch, "a newer release wrote this secret in a format that this one cannot write; upgrade the broker")
+	}
+	b.log.Warn("a version of the secret was committed late and is put down", "key", op.key.String(), "audit_id", op.AuditID,
+		"late_version", s.late.Version, "late_generation", s.late.generation, "generation", s.current.generation)
+	if s.state == Active {
+		b.raiseEpoch(s.current.epoch)
+		r := s.current.record
+		r.generation = max(r.generation, b.highestOf(op.key, false)) + 1
+		r.epoch, r.auditID = b.epoch.Load(), op.AuditID
+		r.made = done{letter: letterPut, id: uuid.NewString()}
+		r.others = slices.Clone(s.history(s.current))
+		r.others = r.others[:min(len(r.others), remembered)]
+		after, err := b.set(ctx, op, s, s.value, r)
+		if err != nil {
+			return err
+		}
+		b.see(op.key, after)
+	}
+	if !s.late.Enabled {
+		return nil
+	}
+	return b.settle(ctx, op, func(ctx context.Context) error {
+		_, err := b.vault.Update(ctx, op.key, s.late.Version, vault.Patch{Tags: s.late.Tags})
+		return err
+	}, func(ctx context.Context) (bool, error) {
+		all, err := b.vault.Versions(ctx, op.key)
+		at := slices.IndexFunc(all, func(p vault.Properties) bool { return p.Version == s.late.Version })
+		return err == nil && at >= 0 && !all[at].Enabled, err
+	})
+}
+
+// repair puts down a late version that a read came upon, in the background.
+func (b *Broker) repair(key secret.Key) {
+	b.mu.Lock()
+	if b.closing || b.repairing[key] {
+		b.mu.Unlock()
+		return
+	}
+	b.repairing[key] = true
+	b.writes.Add(1)
+	b.mu.Unlock()
+	go func() {
+		defer b.writes.Done()
+		defer func() {
+			b.mu.Lock()
+			delete(b.repairing, key)
+			b.mu.Unlock()
+		}()
+		ctx, cancel := context.WithTimeout(context.Background(), carryOn)
+		defer cancel()
+		op := newOperation(Call{AuditID: uuid.NewString()}, key, letterPut, "")
+		_, err := do(b, ctx, op, func(ctx context.Context) (struct{}, error) {
+			_, _, _, err := b.prepare(ctx, op)
+			return struct{}{}, err
+		})
+		if err != nil {
+			b.log.Warn("a late version is not put down yet; the next call for the secret tries again", "key", key.String(), "audit_id", op.AuditID, "error", err)
+		}
+	}()
+}
+
+// raiseEpoch makes the broker's own epoch greater than one that it found.
+func (b *Broker) raiseEpoch(found int64) {
+	for own := b.epoch.Load(); found > own; own = b.epoch.Load() {
+		b.epoch.CompareAndSwap(own, found+1)
+	}
+}

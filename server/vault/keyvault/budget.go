@@ -1,0 +1,231 @@
+package keyvault
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
+
+	"github.com/exto/secrets-broker/server/vault"
+)
+
+// class is what a request asks for. Those of a lower class go first when the
+// budget is short.
+type class int
+
+const (
+	values   class = iota // one secret
+	listings              // many names
+	classes
+)
+
+const (
+	// mostWaiting bounds the queue. Who comes then is refused at once.
+	mostWaiting = 10_000
+	// After a 429 nothing is sent for a while and then at half the rate, a tenth
+	// of the full rate more each second. Key Vault counts over 10 s.
+	throttlePause = time.Second
+	leastShare    = 16
+	steps         = 10
+)
+
+// budget is the share of the vault's requests that may be used. Who finds it
+// spent waits, and callers take turns: each gets one before anybody gets two.
+// Safe for concurrent use.
+type budget struct {
+	full rate.Limit
+
+	mu      sync.Mutex
+	limiter *rate.Limiter
+	queues  [classes]queue
+	waiting int
+	armed   bool
+	held    time.Time // nothing is sent until then
+	changed time.Time // when the rate was changed
+}
+
+func newBudget(perSecond float64) *budget {
+	return &budget{
+		full:    rate.Limit(perSecond),
+		limiter: rate.NewLimiter(rate.Limit(perSecond), max(1, int(perSecond/4))),
+	}
+}
+
+// waiter is a request that waits.
+type waiter struct {
+	granted chan struct{}
+	gone    bool
+}
+
+// queue has the requests of one class, by caller.
+type queue struct {
+	turns   []string // callers that have one waiting, in order of their turns
+	callers map[string][]*waiter
+}
+
+func (q *queue) push(caller string, w *waiter) {
+	if q.callers == nil {
+		q.callers = map[string][]*waiter{}
+	}
+	if len(q.callers[caller]) == 0 {
+		q.turns = append(q.turns, caller)
+	}
+	q.callers[caller] = append(q.callers[caller], w)
+}
+
+// pop is the next request; nil when there is none.
+func (q *queue) pop() *waiter {
+	if len(q.turns) == 0 {
+		return nil
+	}
+	caller := q.turns[0]
+	q.turns = q.turns[1:]
+	line := q.callers[caller]
+	w := line[0]
+	if line = line[1:]; len(line) > 0 {
+		q.callers[caller] = line
+		q.turns = append(q.turns, caller)
+	} else {
+		delete(q.callers, caller)
+	}
+	return w
+}
+
+// take waits until one request may be sent: errBudget when a call with ctx may not
+// wait so long.
+func (b *budget) take(ctx context.Context, c class, caller string) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	b.mu.Lock()
+	if b.waiting == 0 && b.allow() {
+		b.mu.Unlock()
+		return nil
+	}
+	if b.waiting >= mostWaiting {
+		b.mu.Unlock()
+		return errBudget
+	}
+	w := &waiter{granted: make(chan struct{})}
+	b.queues[c].push(caller, w)
+	b.waiting++
+	b.arm()
+	b.mu.Unlock()
+
+	var tooLate <-chan time.Time
+	if until, ok := vault.Until(ctx); ok {
+		t := time.NewTimer(time.Until(until))
+		defer t.Stop()
+		tooLate = t.C
+	}
+	var err error
+	select {
+	case <-w.granted:
+		return nil
+	case <-tooLate:
+		err = errBudget
+	case <-ctx.Done():
+		err = ctx.Err()
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	select {
+	case <-w.granted: // meanwhile; it may as well be used
+		return ctx.Err()
+	default:
+		w.gone = true
+		return err
+	}
+}
+
+// allow takes one from the budget if it can be had now. b.mu is held.
+func (b *budget) allow() bool {
+	now := time.Now()
+	return !now.Before(b.held) && b.limiter.AllowN(now, 1)
+}
+
+// arm lets dispatch run when the next request may be sent. b.mu is held.
+func (b *budget) arm() {
+	if b.armed || b.waiting == 0 {
+		return
+	}
+	b.armed = true
+	now := time.Now()
+	in := time.Duration((1 - b.limiter.TokensAt(now)) / float64(b.limiter.Limit()) * float64(time.Second))
+	time.AfterFunc(max(in, b.held.Sub(now), time.Millisecond), b.dispatch)
+}
+
+// dispatch lets those go whose turn it is.
+func (b *budget) dispatch() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.armed = false
+	for b.waiting > 0 {
+		w := b.next()
+		if w == nil {
+			break // only such as are gone were waiting
+		}
+		if !b.allow() {
+			b.arm()
+			return
+		}
+		b.drop()
+		close(w.granted)
+	}
+}
+
+// next is whose turn it is; it stays in the queue. Those that are gone are
+// dropped. b.mu is held.
+func (b *budget) next() *waiter {
+	for c := range b.queues {
+		q := &b.queues[c]
+		for len(q.turns) > 0 {
+			w := q.callers[q.turns[0]][0]
+			if !w.gone {
+				return w
+			}
+			q.pop()
+			b.waiting--
+		}
+	}
+	return nil
+}
+
+// drop takes what next gave out of its queue. b.mu is held.
+func (b *budget) drop() {
+	for c := range b.queues {
+		if b.queues[c].pop() != nil {
+			b.waiting--
+			return
+		}
+	}
+}
+
+// throttled slows down after a 429: at most once for those that were sent
+// together.
+func (b *budget) throttled(retryAfter time.Duration) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	now := time.Now()
+	if held := now.Add(max(retryAfter, throttlePause)); held.After(b.held) {
+		b.held = held
+	}
+	if now.Sub(b.changed) < throttlePause {
+		return
+	}
+	b.changed = now
+	b.limiter.SetLimitAt(now, max(b.limiter.Limit()/2, b.full/leastShare))
+}
+
+// served speeds up again.
+func (b *budget) served() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	limit, now := b.limiter.Limit(), time.Now()
+	if limit == b.full || now.Sub(b.changed) < time.Second {
+		return
+	}
+	b.changed = now
+	b.limiter.SetLimitAt(now, min(b.full, limit+b.full/steps))
+}

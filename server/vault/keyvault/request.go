@@ -1,0 +1,216 @@
+package keyvault
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/http/httptrace"
+	"net/url"
+	"sync/atomic"
+	"time"
+
+	azlog "github.com/Azure/azure-sdk-for-go/sdk/azcore/log"
+	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
+	"github.com/Azure/azure-sdk-for-go/sdk/azidentity"
+
+	"github.com/exto/secrets-broker/secret"
+	"github.com/exto/secrets-broker/server/vault"
+)
+
+const (
+	// readTries is how often a read is sent while the vault cannot be reached: one
+	// lost connection is nobody's business, an outage is.
+	readTries = 3
+	// Waits between them begin with readPause; those for a state between begin
+	// with firstPause and grow to longestPause.
+	readPause    = 100 * time.Millisecond
+	firstPause   = time.Second
+	longestPause = 15 * time.Second
+)
+
+// newTransport is like the SDK's own but for three things. It speaks HTTP/1.1, so
+// that a dead connection ends with the one request that met it. It bounds the
+// dial. And it says of a refused CONNECT that it was one.
+func newTransport() *http.Transport {
+	t := http.DefaultTransport.(*http.Transport).Clone()
+	t.ForceAttemptHTTP2 = false
+	t.Protocols = new(http.Protocols)
+	t.Protocols.SetHTTP1(true)
+	t.MaxIdleConns, t.MaxIdleConnsPerHost = 0, 64
+	t.DialContext = dialer.DialContext
+	t.TLSHandshakeTimeout = 5 * time.Second
+	t.OnProxyConnectResponse = func(_ context.Context, _ *url.URL, _ *http.Request, resp *http.Response) error {
+		if resp.StatusCode != http.StatusOK {
+			return &proxyError{resp.StatusCode}
+		}
+		return nil
+	}
+	return t
+}
+
+// noRedirect: no answer of the vault leads the broker's token elsewhere.
+func noRedirect(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
+
+// quietSDK keeps the SDK's log, which AZURE_SDK_GO_LOGGING turns on, from showing
+// the bodies of errors: a vault may repeat in them what it was sent.
+func quietSDK() {
+	azlog.SetEvents(azlog.EventRequest, azlog.EventResponse, azidentity.EventAuthentication)
+}
+
+// policyFunc is a step on the way of a request.
+type policyFunc func(*policy.Request) (*http.Response, error)
+
+func (f policyFunc) Do(req *policy.Request) (*http.Response, error) { return f(req) }
+
+// call is one request of the SDK's: how far it came is written into it.
+type call struct {
+	op     string
+	change bool
+	class  class
+	query  url.Values // added to the request's own
+
+	sent    atomic.Bool // handed to a connection, and not answered
+	status  int         // of the last answer; 0: none
+	refusal error       // why it was not sent
+}
+
+type callKey struct{}
+
+// do makes one call of the SDK, which is one request (two when its token is
+// refused), and says in the words of package vault how it ended.
+func (v *Vault) do(ctx context.Context, c *call, f func(context.Context) error) error {
+	if v.closed.Load() {
+		return errClosed
+	}
+	if err := v.ready(ctx); err != nil {
+		return err
+	}
+	err := v.outcome(ctx, c, noPanic(context.WithValue(ctx, callKey{}, c), f))
+	if errors.Is(err, vault.ErrUnavailable) || errors.Is(err, vault.ErrRefused) {
+		v.suspect()
+	}
+	return err
+}
+
+// noPanic makes an error of a panic of the SDK: a challenge without a tenant is
+// one, and no answer from outside is a reason for the process to die.
+func noPanic(ctx context.Context, f func(context.Context) error) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("a panic in the SDK: %T", p)
+		}
+	}()
+	return f(ctx)
+}
+
+// addQuery adds what the SDK has no option for.
+func addQuery(req *policy.Request) (*http.Response, error) {
+	if c, ok := req.Raw().Context().Value(callKey{}).(*call); ok && c.query != nil {
+		q := req.Raw().URL.Query()
+		for name, values := range c.query {
+			q[name] = values
+		}
+		req.Raw().URL.RawQuery = q.Encode()
+	}
+	return req.Next()
+}
+
+// transmit is the last step before the network: it waits for the budget, says
+// that an effect begins, and bounds the request.
+func (v *Vault) transmit(req *policy.Request) (*http.Response, error) {
+	ctx := req.Raw().Context()
+	c, ok := ctx.Value(callKey{}).(*call)
+	if !ok {
+		return nil, errors.New("keyvault: a request that belongs to no call")
+	}
+	budget := v.reads
+	if c.change {
+		budget = v.writes
+	}
+	origin := vault.OriginOf(ctx)
+	if c.refusal = budget.take(ctx, c.class, origin.Caller); c.refusal != nil {
+		return nil, c.refusal
+	}
+	if c.change && c.op != "Settle" {
+		if c.refusal = vault.BeginEffect(ctx); c.refusal != nil {
+			return nil, c.refusal
+		}
+	}
+	if origin.RequestID != "" {
+		req.Raw().Header.Set("x-ms-client-request-id", origin.RequestID)
+	}
+	bearer := req.Raw().Header.Get("Authorization")
+	bounded, cancel := context.WithTimeout(ctx, v.cfg.RequestTimeout)
+	defer cancel()
+	bounded = httptrace.WithClientTrace(bounded, &httptrace.ClientTrace{
+		GotConn: func(httptrace.GotConnInfo) { c.sent.Store(true) },
+	})
+	c.status = 0
+	resp, err := req.WithContext(bounded).Next()
+	if err != nil {
+		return resp, err
+	}
+	c.sent.Store(false)
+	c.status = resp.StatusCode
+	switch {
+	case resp.StatusCode == http.StatusTooManyRequests:
+		budget.throttled(retryAfter(resp))
+	case resp.StatusCode == http.StatusUnauthorized && bearer != "":
+		v.tokens.reject(bearer)
+	case resp.StatusCode < http.StatusInternalServerError:
+		budget.served()
+	}
+	return resp, nil
+}
+
+// read makes a call that changes nothing: again while the vault is throttled, and
+// a few times while it cannot be reached, within the context.
+func (v *Vault) read(ctx context.Context, op string, class class, f func(context.Context) error) error {
+	return v.readWith(ctx, op, class, nil, f)
+}
+
+// readWith is read with additions to the request's query.
+func (v *Vault) readWith(ctx context.Context, op string, class class, query url.Values, f func(context.Context) error) error {
+	pauses := vault.NewPauses(readPause, time.Second)
+	for try := 1; ; try++ {
+		err := v.do(ctx, &call{op: op, class: class, query: query}, f)
+		throttled := errors.Is(err, vault.ErrThrottled) && !errors.Is(err, errBudget)
+		if !throttled && (!errors.Is(err, vault.ErrUnavailable) || try == readTries || v.closed.Load()) {
+			return err
+		}
+		if !v.pause(ctx, max(pauses.NextBackOff(), vault.RetryAfter(err))) {
+			return err
+		}
+	}
+}
+
+// change makes a call that changes something, once. Only what the vault refused
+// because the name is in a state between is sent again, when that is over.
+func (v *Vault) change(ctx context.Context, key secret.Key, op string, f func(context.Context) error) error {
+	pauses := vault.NewPauses(firstPause, longestPause)
+	for {
+		err := v.do(ctx, &call{op: op, change: true}, f)
+		var conflict *conflictError
+		if !errors.As(err, &conflict) || conflict.final() {
+			return err
+		}
+		if !conflict.known() {
+			// Parallel operations on one object, or a code that is new: look.
+			if gone, lookErr := v.isGone(ctx, key); lookErr == nil && gone {
+				return &conflictError{inner: innerBeingDeleted, err: err}
+			}
+		}
+		if !v.pause(ctx, pauses.NextBackOff()) {
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			return errors.Join(vault.ErrUnavailable, err)
+		}
+	}
+}
+
+// pause lets time pass, if a call with ctx may wait so long.
+func (v *Vault) pause(ctx context.Context, d time.Duration) bool {
+	return vault.Pause(ctx, v.cfg.Wait, d)
+}
