@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"runtime/debug"
+	"slices"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -18,13 +19,15 @@ import (
 	"github.com/exto/secrets-broker/server/broker"
 	"github.com/exto/secrets-broker/server/vault"
 	"github.com/exto/secrets-broker/server/vault/embedded"
+	"github.com/exto/secrets-broker/server/vault/keyvault"
 	"github.com/exto/secrets-broker/server/vault/noop"
 )
 
 // serveCommand is a broker in production. Its fields are the variables that the
 // README's table lists.
 type serveCommand struct {
-	SecretStoreProvider string `name:"secret-store-provider" env:"SECRET_STORE_PROVIDER" placeholder:"NAME" help:"Where the secrets are: embedded, or noop (keeps nothing), which is also the default."`
+	SecretStoreProvider string `name:"secret-store-provider" env:"SECRET_STORE_PROVIDER" placeholder:"NAME" help:"Where the secrets are: azure-keyvault, embedded, or noop (keeps nothing), which is also the default."`
+	AzureKeyVaultURL    string `name:"azure-key-vault-url" env:"AZURE_KEY_VAULT_URL" placeholder:"URL" help:"The vault of azure-keyvault, such as https://NAME.vault.azure.net/. Required by it."`
 	ListenAddress       string `name:"listen-address" env:"BROKER_LISTEN_ADDRESS" default:":7443" help:"Address of the gRPC server."`
 	TLSCertFile         string `name:"tls-cert-file" env:"BROKER_TLS_CERT_FILE" placeholder:"FILE" help:"PEM file of the server's certificate. Required."`
 	TLSKeyFile          string `name:"tls-key-file" env:"BROKER_TLS_KEY_FILE" placeholder:"FILE" help:"PEM file of its private key. Required."`
@@ -32,6 +35,9 @@ type serveCommand struct {
 	PolicyFile          string `name:"policy-file" env:"BROKER_POLICY_FILE" placeholder:"FILE" help:"YAML file that says who may call what. Required."`
 	DataDir             string `name:"data-dir" env:"BROKER_DATA_DIR" placeholder:"DIR" help:"Folder of the embedded store. Required by it."`
 	EmbeddedKeyFile     string `name:"embedded-key-file" env:"BROKER_EMBEDDED_KEY_FILE" placeholder:"FILE" help:"Key of the embedded store, made on first start; store.key in its folder by default."`
+
+	VaultReadsPerSecond  float64 `name:"vault-reads-per-second" env:"BROKER_VAULT_READS_PER_SECOND" default:"320" help:"Requests a second that may read from Azure Key Vault."`
+	VaultWritesPerSecond float64 `name:"vault-writes-per-second" env:"BROKER_VAULT_WRITES_PER_SECOND" default:"24" help:"Requests a second that may change something there."`
 
 	serverSettings
 }
@@ -67,8 +73,14 @@ func (c serveCommand) check() error {
 	switch {
 	case c.SecretStoreProvider == "embedded" && c.DataDir == "":
 		return errors.New("BROKER_DATA_DIR (--data-dir) is not set: set it to the folder of the embedded store")
-	case c.SecretStoreProvider != "embedded" && c.SecretStoreProvider != "noop" && c.SecretStoreProvider != "":
-		return errors.New("SECRET_STORE_PROVIDER (--secret-store-provider) is not one of the stores: set it to embedded or noop")
+	case c.SecretStoreProvider == "azure-keyvault" && c.AzureKeyVaultURL == "":
+		return errors.New("AZURE_KEY_VAULT_URL (--azure-key-vault-url) is not set: set it to the vault's URL, such as https://NAME.vault.azure.net/")
+	case !slices.Contains([]string{"", "noop", "embedded", "azure-keyvault"}, c.SecretStoreProvider):
+		return errors.New("SECRET_STORE_PROVIDER (--secret-store-provider) is not one of the stores: set it to azure-keyvault, embedded or noop")
+	case c.SecretStoreProvider == "azure-keyvault" && !(c.VaultReadsPerSecond >= 1 && c.VaultReadsPerSecond <= 4000):
+		return errors.New("BROKER_VAULT_READS_PER_SECOND (--vault-reads-per-second) is out of range: set it to 1 to 4000; the default is 320")
+	case c.SecretStoreProvider == "azure-keyvault" && !(c.VaultWritesPerSecond >= 1 && c.VaultWritesPerSecond <= 4000):
+		return errors.New("BROKER_VAULT_WRITES_PER_SECOND (--vault-writes-per-second) is out of range: set it to 1 to 4000; the default is 24")
 	case c.ListenAddress == "": // which net.Listen takes for any port of all addresses
 		return errors.New("BROKER_LISTEN_ADDRESS (--listen-address) is empty: set it to an address such as :7443")
 	case c.MetricsAddress == "":
@@ -110,7 +122,7 @@ func (c serveCommand) serve(ctx context.Context, s streams, listening func(net.A
 		return err
 	}
 	defer func() { _ = opsListener.Close() }()
-	store, err := c.openVault(log)
+	store, err := c.openVault(ctx, log)
 	if err != nil {
 		return err
 	}
@@ -159,15 +171,27 @@ func listen(setting, address string) (net.Listener, error) {
 }
 
 // openVault opens the store that the settings name, which check has judged.
-func (c serveCommand) openVault(log *slog.Logger) (vault.Vault, error) {
-	if c.SecretStoreProvider != "embedded" {
-		return noop.New(log), nil
+func (c serveCommand) openVault(ctx context.Context, log *slog.Logger) (vault.Vault, error) {
+	switch c.SecretStoreProvider {
+	case "azure-keyvault":
+		store, err := keyvault.Open(ctx, keyvault.Config{
+			URL:             c.AzureKeyVaultURL,
+			ReadsPerSecond:  c.VaultReadsPerSecond,
+			WritesPerSecond: c.VaultWritesPerSecond,
+			Logger:          log,
+		})
+		if err != nil {
+			return nil, fmt.Errorf("azure key vault (AZURE_KEY_VAULT_URL, --azure-key-vault-url): %w", err)
+		}
+		return store, nil
+	case "embedded":
+		store, err := embedded.Open(embedded.Config{Dir: c.DataDir, KeyFile: c.EmbeddedKeyFile, Retention: c.EmbeddedRetention, Logger: log})
+		if err != nil {
+			return nil, fmt.Errorf("BROKER_DATA_DIR (--data-dir), BROKER_EMBEDDED_KEY_FILE (--embedded-key-file): %w", err)
+		}
+		return store, nil
 	}
-	store, err := embedded.Open(embedded.Config{Dir: c.DataDir, KeyFile: c.EmbeddedKeyFile, Retention: c.EmbeddedRetention, Logger: log})
-	if err != nil {
-		return nil, fmt.Errorf("BROKER_DATA_DIR (--data-dir), BROKER_EMBEDDED_KEY_FILE (--embedded-key-file): %w", err)
-	}
-	return store, nil
+	return noop.New(log), nil
 }
 
 func logStore(log *slog.Logger, info vault.Info) {

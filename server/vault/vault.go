@@ -75,7 +75,8 @@ type Vault interface {
 	// secret.Key are left out.
 	List(ctx context.Context, skip string, max int) (Page, error)
 
-	// ListDeleted is List for deleted names.
+	// ListDeleted is List for deleted names. Neither shows what is in a state
+	// between.
 	ListDeleted(ctx context.Context, skip string, max int) (Page, error)
 
 	// Check reports whether the vault can be used now; nil is yes.

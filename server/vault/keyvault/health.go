@@ -16,7 +16,7 @@ const (
 	// whom it lets read, and 403 to whom it does not.
 	probed = "exto-broker-probe"
 	// beginTimeout bounds what a start waits for the vault.
-	beginTimeout = 20 * time.Second
+	beginTimeout = 10 * time.Second
 	probeTimeout = 3 * time.Second
 	// How often the vault is asked when nobody else asks: while it cannot be used
 	// and while it can; and how often at most after calls that failed.
