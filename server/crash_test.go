@@ -92,67 +92,75 @@ func TestKilledBetweenAnyTwoSteps(t *testing.T) {
 		}
 		return out.GetValue()
 	}
-	for _, test := range tests {
-		for step := 1; step <= test.steps; step++ {
-			for _, after := range []bool{false, true} {
-				t.Run(fmt.Sprintf("%s/step %d/after %v", test.name, step, after), func(t *testing.T) {
-					t.Parallel()
-					x := startSystem(t).in(t, "demo", test.state)
-					before := got(x)
-					died := x.kill(step, after)
-					id := uuid.NewString()
-					err := test.call(x, x.ctx, id)
-					if !died() {
-						t.Fatalf("it never came to step %d", step)
-					}
-					if err == nil {
-						t.Fatal("got success from a dead broker")
-					}
-					x.restart()
-					x.reconnect()
+	onEachVault(t, func(t *testing.T, start func(*testing.T) *system) {
+		for _, test := range tests {
+			for step := 1; step <= test.steps; step++ {
+				for _, after := range []bool{false, true} {
+					t.Run(fmt.Sprintf("%s/step %d/after %v", test.name, step, after), func(t *testing.T) {
+						t.Parallel()
+						x := start(t).in(t, "demo", test.state)
+						before := got(x)
+						died := x.kill(step, after)
+						id := uuid.NewString()
+						err := test.call(x, x.ctx, id)
+						if !died() {
+							t.Fatalf("it never came to step %d", step)
+						}
+						if err == nil {
+							t.Fatal("got success from a dead broker")
+						}
+						x.restart()
+						x.reconnect()
+						x.settle()
 
-					done := step
-					if !after {
-						done--
-					}
-					want := before
-					switch {
-					case done >= test.applied:
-						want = test.want
-					case test.exposed > 0 && done >= test.exposed:
-						want = uri(2)
-					}
-					if g := got(x); g != want {
-						t.Errorf("after %d of %d steps: got %q, want %q", done, test.steps, g, want)
-					}
-					if err := test.call(x, x.ctx, id); err != nil {
-						t.Fatalf("the same request again: %v", err)
-					}
-					if g := got(x); g != test.want {
-						t.Errorf("after the same request again: got %q, want %q", g, test.want)
-					}
-					if test.want == "SECRET_NOT_FOUND" {
-						if _, err := x.store.GetDeleted(x.ctx, x.key); err != nil {
-							t.Errorf("the delete was not ended in the vault: %v", err)
+						done := step
+						if !after {
+							done--
 						}
-					}
-					if test.want == uri(3) {
-						all, err := x.store.Versions(x.ctx, x.key)
-						if err != nil || len(all) != 3 {
-							t.Errorf("got %d versions, %v, want the write once: 3", len(all), err)
+						want := before
+						switch {
+						case done >= test.applied:
+							want = test.want
+						case test.exposed > 0 && done >= test.exposed:
+							want = uri(2)
 						}
-					}
-				})
+						if g := got(x); g != want {
+							t.Errorf("after %d of %d steps: got %q, want %q", done, test.steps, g, want)
+						}
+						if err := test.call(x, x.ctx, id); err != nil {
+							t.Fatalf("the same request again: %v", err)
+						}
+						if g := got(x); g != test.want {
+							t.Errorf("after the same request again: got %q, want %q", g, test.want)
+						}
+						if test.want == "SECRET_NOT_FOUND" {
+							x.settle()
+							if _, err := x.store.GetDeleted(x.ctx, x.key); err != nil {
+								t.Errorf("the delete was not ended in the vault: %v", err)
+							}
+						}
+						if test.want == uri(3) {
+							all, err := x.store.Versions(x.ctx, x.key)
+							if err != nil || len(all) != 3 {
+								t.Errorf("got %d versions, %v, want the write once: 3", len(all), err)
+							}
+						}
+					})
+				}
 			}
 		}
-	}
+	})
 }
 
 // TestPutOverWhatAPersonDeleted: the old value is live in the vault between the
 // recover and the overwrite, and not to be had from the broker.
 func TestPutOverWhatAPersonDeleted(t *testing.T) {
 	t.Parallel()
-	x := startSystem(t).in(t, "demo", "deleted outside")
+	onEachVault(t, testPutOverWhatAPersonDeleted)
+}
+
+func testPutOverWhatAPersonDeleted(t *testing.T, start func(*testing.T) *system) {
+	x := start(t).in(t, "demo", "deleted outside")
 	reached, release := x.hang("Set", false)
 	done := make(chan error, 1)
 	go func() { done <- writeCalls["put"](x, x.ctx, "") }()
@@ -177,7 +185,11 @@ func TestPutOverWhatAPersonDeleted(t *testing.T) {
 
 func TestFailedPutOverWhatAPersonDeletedDeletesAgain(t *testing.T) {
 	t.Parallel()
-	x := startSystem(t).in(t, "demo", "deleted outside")
+	onEachVault(t, testFailedPutOverWhatAPersonDeletedDeletesAgain)
+}
+
+func testFailedPutOverWhatAPersonDeletedDeletesAgain(t *testing.T, start func(*testing.T) *system) {
+	x := start(t).in(t, "demo", "deleted outside")
 	fail := map[string]bool{"Set": true}
 	x.vault.SetBefore(func(_ context.Context, op string, _ secret.Key) error {
 		if fail[op] {
@@ -186,6 +198,7 @@ func TestFailedPutOverWhatAPersonDeletedDeletesAgain(t *testing.T) {
 		return nil
 	})
 	wantReason(t, writeCalls["put"](x, x.ctx, ""), secret.VaultUnavailable, secret.NotApplied)
+	x.settle()
 	if _, err := x.store.GetDeleted(x.ctx, x.key); err != nil {
 		t.Errorf("the secret is not deleted again: %v", err)
 	}
@@ -202,6 +215,7 @@ func TestFailedPutOverWhatAPersonDeletedDeletesAgain(t *testing.T) {
 	if _, err := x.c.DeleteSecret(x.ctx, &secretsv1.DeleteSecretRequest{Ref: x.ref, AllowMissing: true}); err != nil {
 		t.Fatal(err)
 	}
+	x.settle()
 	if _, err := x.store.GetDeleted(x.ctx, x.key); err != nil {
 		t.Errorf("the secret is not deleted again: %v", err)
 	}

@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"log/slog"
 	"net"
+	"net/http"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -15,6 +16,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/Azure/azure-sdk-for-go/sdk/azcore"
+	"github.com/Azure/azure-sdk-for-go/sdk/azidentity"
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/goleak"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
@@ -24,6 +27,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	secretsv1 "github.com/exto/secrets-broker/gen/exto/secrets/v1"
+	"github.com/exto/secrets-broker/internal/keyvaultfake"
 	"github.com/exto/secrets-broker/internal/pki"
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server"
@@ -31,6 +35,7 @@ import (
 	"github.com/exto/secrets-broker/server/broker"
 	"github.com/exto/secrets-broker/server/vault"
 	"github.com/exto/secrets-broker/server/vault/embedded"
+	"github.com/exto/secrets-broker/server/vault/keyvault"
 	"github.com/exto/secrets-broker/server/vault/vaulttest"
 )
 
@@ -75,6 +80,11 @@ func (c *clock) advance(d time.Duration) {
 	c.now = c.now.Add(d)
 }
 
+func (c *clock) wait(ctx context.Context, d time.Duration) error {
+	c.advance(d)
+	return ctx.Err()
+}
+
 // logBuffer is a log that tests can read.
 type logBuffer struct {
 	mu sync.Mutex
@@ -106,7 +116,11 @@ type system struct {
 	// what the broker sees, whose calls can be made to fail.
 	store vault.Vault
 	vault *vaulttest.Faulty
-	addr  string
+	// fake is the Key Vault behind them; nil when they are an embedded store. Each
+	// broker has a client of its own there: own.
+	fake *keyvaultfake.Fake
+	own  func() vault.Vault
+	addr string
 	// config, unless nil, changes how the server is made.
 	config func(*server.Config)
 	face   *server.Server
@@ -133,6 +147,53 @@ func (s *system) startEmbedded() {
 		s.t.Fatal(err)
 	}
 	s.startOn(store)
+}
+
+// startKeyVault runs a broker on a Key Vault, in which store is a person.
+func startKeyVault(t *testing.T) *system {
+	t.Helper()
+	s := newSystem(t)
+	var err error
+	if s.fake, err = keyvaultfake.Start(keyvaultfake.Config{Now: s.clock.Now}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := s.fake.Close(); err != nil {
+			t.Errorf("closing the fake: %v", err)
+		}
+	})
+	s.own = func() vault.Vault { return s.openKeyVault(s.fake.Broker()) }
+	s.startOn(s.openKeyVault(s.fake.Person()))
+	return s
+}
+
+// openKeyVault is a client of the fake, for which time passes when it waits.
+func (s *system) openKeyVault(p keyvaultfake.Principal) vault.Vault {
+	s.t.Helper()
+	transport := s.fake.Transport()
+	v, err := keyvault.Open(s.t.Context(), keyvault.Config{
+		URL: s.fake.URL(), ReadsPerSecond: 100_000, WritesPerSecond: 100_000, Logger: s.logger(), Transport: transport,
+		Credential: func() (azcore.TokenCredential, error) {
+			return azidentity.NewClientSecretCredential(p.TenantID, p.ClientID, p.ClientSecret, &azidentity.ClientSecretCredentialOptions{
+				ClientOptions: azcore.ClientOptions{Transport: &http.Client{Transport: transport}},
+			})
+		},
+		Now: s.clock.Now, Wait: s.clock.wait,
+	})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return v
+}
+
+// onEachVault runs a test on an embedded store and on a Key Vault.
+func onEachVault(t *testing.T, test func(t *testing.T, start func(*testing.T) *system)) {
+	for name, start := range map[string]func(*testing.T) *system{"embedded": startSystem, "key vault": startKeyVault} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			test(t, start)
+		})
+	}
 }
 
 func newSystem(t *testing.T) *system {
@@ -165,7 +226,12 @@ func (s *system) startOn(store vault.Vault) {
 // before, which gets no chance to end anything.
 func (s *system) restart() {
 	s.t.Helper()
-	s.vault = vaulttest.NewFaulty(s.store)
+	behind := s.store
+	if s.own != nil {
+		behind = s.own()
+		s.t.Cleanup(func() { _ = behind.Close() }) // after the broker's own end
+	}
+	s.vault = vaulttest.NewFaulty(behind)
 	policy, err := authz.ParsePolicy([]byte(s.policy))
 	if err != nil {
 		s.t.Fatal(err)
@@ -182,8 +248,7 @@ func (s *system) restart() {
 		if hurried.Load() {
 			return context.DeadlineExceeded
 		}
-		s.clock.advance(d)
-		return ctx.Err()
+		return s.clock.wait(ctx, d)
 	}
 	heart := broker.New(broker.Config{Vault: s.vault, Logger: s.logger(), Now: s.clock.Now, Wait: wait})
 	cfg := server.Config{Broker: heart, Policy: policy, TLS: tlsConfig, Logger: s.logger(), Metrics: prometheus.NewRegistry()}

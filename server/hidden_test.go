@@ -42,6 +42,10 @@ func (x *subject) failingAfter(first string, methods ...string) {
 // theirs.
 func TestPutOverWhatAPersonDeletedFails(t *testing.T) {
 	t.Parallel()
+	onEachVault(t, testPutOverWhatAPersonDeletedFails)
+}
+
+func testPutOverWhatAPersonDeletedFails(t *testing.T, start func(*testing.T) *system) {
 	tests := map[string]func(x *subject){
 		"the vault does not recover": func(x *subject) { x.failing("Recover") },
 		"the vault does not store":   func(x *subject) { x.failingAfter("Recover", "Set") },
@@ -58,9 +62,10 @@ func TestPutOverWhatAPersonDeletedFails(t *testing.T) {
 	for name, fail := range tests {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			x := startSystem(t).in(t, "demo", "deleted outside")
+			x := start(t).in(t, "demo", "deleted outside")
 			fail(x)
 			wantReason(t, writeCalls["put"](x, x.ctx, ""), secret.VaultUnavailable, secret.NotApplied)
+			x.settle()
 			if _, err := x.store.GetDeleted(x.ctx, x.key); err != nil {
 				t.Fatalf("got %v, want the name deleted in the vault", err)
 			}
@@ -77,7 +82,11 @@ func TestPutOverWhatAPersonDeletedFails(t *testing.T) {
 // deleted value is live, and the answer comes when the put is over.
 func TestSlowReadDuringPutOverWhatAPersonDeleted(t *testing.T) {
 	t.Parallel()
-	x := startSystem(t).in(t, "demo", "deleted outside")
+	onEachVault(t, testSlowReadDuringPutOverWhatAPersonDeleted)
+}
+
+func testSlowReadDuringPutOverWhatAPersonDeleted(t *testing.T, start func(*testing.T) *system) {
+	x := start(t).in(t, "demo", "deleted outside")
 	reached, release := x.hang("Set", false)
 	put := make(chan error, 1)
 	go func() { put <- writeCalls["put"](x, x.ctx, "") }()
@@ -117,7 +126,11 @@ func TestSlowReadDuringPutOverWhatAPersonDeleted(t *testing.T) {
 // would keep it deleted.
 func TestRecoverOfWhatAPersonDeletedIsAppliedWithTheVaultsOwn(t *testing.T) {
 	t.Parallel()
-	x := startSystem(t).in(t, "demo", "deleted outside")
+	onEachVault(t, testRecoverOfWhatAPersonDeletedIsAppliedWithTheVaultsOwn)
+}
+
+func testRecoverOfWhatAPersonDeletedIsAppliedWithTheVaultsOwn(t *testing.T, start func(*testing.T) *system) {
+	x := start(t).in(t, "demo", "deleted outside")
 	x.failing("Update")
 	wantReason(t, writeCalls["recover"](x, x.ctx, ""), secret.VaultUnavailable, secret.Applied)
 	x.wantValue("", uri(2))

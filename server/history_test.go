@@ -34,6 +34,10 @@ func (x *subject) operate(letter byte, id string) (version string, err error) {
 // version, which has a write of its own to name besides them.
 func TestEveryRequestIDIsRememberedForExactlyEight(t *testing.T) {
 	t.Parallel()
+	onEachVault(t, testEveryRequestIDIsRememberedForExactlyEight)
+}
+
+func testEveryRequestIDIsRememberedForExactlyEight(t *testing.T, start func(*testing.T) *system) {
 	for _, row := range []string{
 		"p dcdcdcdcdcdcdcdcdcdcdc",
 		"p dcdcdcdcdcp dcdcdcdcdcdc",
@@ -45,7 +49,7 @@ func TestEveryRequestIDIsRememberedForExactlyEight(t *testing.T) {
 	} {
 		t.Run(row, func(t *testing.T) {
 			t.Parallel()
-			x := startSystem(t).token(t, "demo")
+			x := start(t).token(t, "demo")
 			type done struct {
 				letter      byte
 				id, version string
@@ -89,11 +93,16 @@ func TestEveryRequestIDIsRememberedForExactlyEight(t *testing.T) {
 // delete, whose mark the second one replaces.
 func TestDeleteAfterAPersonEnabledADeletedOne(t *testing.T) {
 	t.Parallel()
-	x := startSystem(t).in(t, "demo", "active")
+	onEachVault(t, testDeleteAfterAPersonEnabledADeletedOne)
+}
+
+func testDeleteAfterAPersonEnabledADeletedOne(t *testing.T, start func(*testing.T) *system) {
+	x := start(t).in(t, "demo", "active")
 	first := uuid.NewString()
 	if _, err := x.operate('d', first); err != nil {
 		t.Fatal(err)
 	}
+	x.settle()
 	gone, err := x.store.GetDeleted(x.ctx, x.key)
 	if err != nil {
 		t.Fatal(err)
@@ -117,6 +126,10 @@ func TestDeleteAfterAPersonEnabledADeletedOne(t *testing.T) {
 // be read and written, and its tags stay within the vault's limits.
 func TestTagsThatAPersonBroke(t *testing.T) {
 	t.Parallel()
+	onEachVault(t, testTagsThatAPersonBroke)
+}
+
+func testTagsThatAPersonBroke(t *testing.T, start func(*testing.T) *system) {
 	long := fmt.Sprintf("%0500d", 7)
 	for name, tags := range map[string]vault.Tags{
 		"the greatest epoch":      {"exto-generation": "3", "exto-epoch": "9223372036854775807 x"},
@@ -131,7 +144,7 @@ func TestTagsThatAPersonBroke(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			x := startSystem(t).in(t, "demo", "active")
+			x := start(t).in(t, "demo", "active")
 			x.patch(func(p *vault.Patch) { p.Tags = tags })
 			x.wantValue("", uri(2))
 			for _, letter := range []byte("dcdcd") {
@@ -153,7 +166,11 @@ func TestTagsThatAPersonBroke(t *testing.T) {
 // another secret, with its tags, and then wrote over.
 func TestCopiedTagsSayNothingOfThisSecret(t *testing.T) {
 	t.Parallel()
-	s := startSystem(t)
+	onEachVault(t, testCopiedTagsSayNothingOfThisSecret)
+}
+
+func testCopiedTagsSayNothingOfThisSecret(t *testing.T, start func(*testing.T) *system) {
+	s := start(t)
 	other := s.in(t, "other", "deleted")
 	other.put(3)
 	other.put(4)

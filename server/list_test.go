@@ -14,7 +14,11 @@ import (
 // live in the vault still: a crash came between the mark and the vault's delete.
 func TestListOfEachState(t *testing.T) {
 	t.Parallel()
-	s := startSystem(t)
+	onEachVault(t, testListOfEachState)
+}
+
+func testListOfEachState(t *testing.T, start func(*testing.T) *system) {
+	s := start(t)
 	// In order of name the states are mixed.
 	for i, state := range []string{"marked", "active", "deleted", "outside", "marked", "disabled", "deleted outside", "active"} {
 		s.in(t, fmt.Sprint("i-", i), state)
@@ -54,7 +58,11 @@ func TestListOfEachState(t *testing.T) {
 // bad request, and never a place in somebody else's list.
 func TestForgedPageTokens(t *testing.T) {
 	t.Parallel()
-	s := startSystem(t)
+	onEachVault(t, testForgedPageTokens)
+}
+
+func testForgedPageTokens(t *testing.T, start func(*testing.T) *system) {
+	s := start(t)
 	for i := range 3 {
 		s.in(t, fmt.Sprint("i-", i), "active")
 	}

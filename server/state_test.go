@@ -10,6 +10,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	secretsv1 "github.com/exto/secrets-broker/gen/exto/secrets/v1"
+	"github.com/exto/secrets-broker/internal/keyvaultfake"
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server/vault"
 )
@@ -60,6 +61,7 @@ func (s *system) in(t *testing.T, id, state string) *subject {
 		if _, err := s.store.Delete(x.ctx, x.key); err != nil {
 			t.Fatal(err)
 		}
+		x.settle()
 	case "marked": // killed between the mark and the vault's delete
 		x.delete()
 		if err := s.store.Recover(x.ctx, x.key); err != nil {
@@ -67,6 +69,15 @@ func (s *system) in(t *testing.T, id, state string) *subject {
 		}
 	}
 	return x
+}
+
+// settle waits for the end of a state between, in which what a person did is not
+// to be seen yet.
+func (x *subject) settle() {
+	x.t.Helper()
+	if err := x.store.Settle(x.ctx, x.key); err != nil {
+		x.t.Fatal(err)
+	}
 }
 
 func (x *subject) put(n int) *secretsv1.PutSecretResponse {
@@ -290,37 +301,39 @@ func TestEachCellOfTheStateTable(t *testing.T) {
 		t.Fatalf("got %d rows for %d operations", len(cells), len(operations))
 	}
 	writes := map[string]bool{"put": true, "rot": true, "del": true, "rec": true}
-	for i, state := range states {
-		t.Run(state, func(t *testing.T) {
-			t.Parallel()
-			s := startSystem(t)
-			for name, run := range operations {
-				t.Run(name, func(t *testing.T) {
-					x := s.in(t, strings.ReplaceAll(strings.ReplaceAll(name, " ", "-"), "_", "-"), state)
-					before := x.stored()
-					got := run(x)
-					if g, want := got.String(t), cells[name][i]; g != want {
-						t.Fatalf("got %q (%v), want %q", g, got.err, want)
-					}
-					if got.err != nil {
-						f := failed(t, got.err)
-						if want := secret.NotApplied; writes[name[:3]] && f.commit != want {
-							t.Errorf("got commit state %q, want %q", f.commit, want)
-						} else if !writes[name[:3]] && f.commit != "" {
-							t.Errorf("got commit state %q of a read", f.commit)
+	onEachVault(t, func(t *testing.T, start func(*testing.T) *system) {
+		for i, state := range states {
+			t.Run(state, func(t *testing.T) {
+				t.Parallel()
+				s := start(t)
+				for name, run := range operations {
+					t.Run(name, func(t *testing.T) {
+						x := s.in(t, strings.ReplaceAll(strings.ReplaceAll(name, " ", "-"), "_", "-"), state)
+						before := x.stored()
+						got := run(x)
+						if g, want := got.String(t), cells[name][i]; g != want {
+							t.Fatalf("got %q (%v), want %q", g, got.err, want)
 						}
-						if after := x.stored(); before != after && state != "marked" {
-							t.Errorf("a refused call changed the store from %s to %s", before, after)
+						if got.err != nil {
+							f := failed(t, got.err)
+							if want := secret.NotApplied; writes[name[:3]] && f.commit != want {
+								t.Errorf("got commit state %q, want %q", f.commit, want)
+							} else if !writes[name[:3]] && f.commit != "" {
+								t.Errorf("got commit state %q of a read", f.commit)
+							}
+							if after := x.stored(); before != after && state != "marked" {
+								t.Errorf("a refused call changed the store from %s to %s", before, after)
+							}
+							return
 						}
-						return
-					}
-					if m := got.m; m != nil {
-						x.checkMetadata(m, name)
-					}
-				})
-			}
-		})
-	}
+						if m := got.m; m != nil {
+							x.checkMetadata(m, name)
+						}
+					})
+				}
+			})
+		}
+	})
 }
 
 // checkMetadata checks what holds for all metadata.
@@ -343,6 +356,10 @@ func (x *subject) checkMetadata(m *secretsv1.SecretMetadata, operation string) {
 // stored is all that the store holds of the secret, for comparison.
 func (x *subject) stored() string {
 	x.t.Helper()
+	if x.fake != nil {
+		gone := x.fake.State(x.key.String()) == keyvaultfake.Deleting || x.fake.State(x.key.String()) == keyvaultfake.Deleted
+		return fmt.Sprint(gone, x.fake.Versions(x.key.String()))
+	}
 	live, err := x.store.Versions(x.ctx, x.key)
 	gone, goneErr := x.store.GetDeleted(x.ctx, x.key)
 	return fmt.Sprint(live, err, gone, goneErr)
@@ -359,7 +376,11 @@ func (x *subject) rotateGrace(n int, grace time.Duration) *secretsv1.RotateSecre
 
 func TestGraceEndsAtItsTime(t *testing.T) {
 	t.Parallel()
-	x := startSystem(t).in(t, "demo", "active")
+	onEachVault(t, testGraceEndsAtItsTime)
+}
+
+func testGraceEndsAtItsTime(t *testing.T, start func(*testing.T) *system) {
+	x := start(t).in(t, "demo", "active")
 	out := x.rotateGrace(3, time.Minute)
 	if got, want := out.GetPrevious().GetExpireTime().AsTime(), x.clock.Now().Add(time.Minute); !got.Equal(want) {
 		t.Errorf("got end %v, want %v", got, want)
@@ -374,7 +395,11 @@ func TestGraceEndsAtItsTime(t *testing.T) {
 
 func TestRotateWithoutGraceExpiresAtOnce(t *testing.T) {
 	t.Parallel()
-	x := startSystem(t).in(t, "demo", "active")
+	onEachVault(t, testRotateWithoutGraceExpiresAtOnce)
+}
+
+func testRotateWithoutGraceExpiresAtOnce(t *testing.T, start func(*testing.T) *system) {
+	x := start(t).in(t, "demo", "active")
 	if got := x.rotateGrace(3, 0).GetPrevious().GetExpireTime().AsTime(); !got.Equal(x.clock.Now()) {
 		t.Errorf("got end %v, want the moment of the rotate %v", got, x.clock.Now())
 	}
@@ -383,6 +408,10 @@ func TestRotateWithoutGraceExpiresAtOnce(t *testing.T) {
 
 func TestGraceIsEndedBy(t *testing.T) {
 	t.Parallel()
+	onEachVault(t, testGraceIsEndedBy)
+}
+
+func testGraceIsEndedBy(t *testing.T, start func(*testing.T) *system) {
 	for name, end := range map[string]func(x *subject){
 		"rotate":        func(x *subject) { x.rotateGrace(4, time.Hour) },
 		"put":           func(x *subject) { x.put(4) },
@@ -396,7 +425,7 @@ func TestGraceIsEndedBy(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			x := startSystem(t).in(t, "demo", "active")
+			x := start(t).in(t, "demo", "active")
 			x.rotateGrace(3, time.Hour)
 			x.wantValue(x.current, uri(2))
 			end(x)
@@ -416,10 +445,14 @@ func TestGraceIsEndedBy(t *testing.T) {
 
 func TestPutOverDeletedServesNothingFromBefore(t *testing.T) {
 	t.Parallel()
+	onEachVault(t, testPutOverDeletedServesNothingFromBefore)
+}
+
+func testPutOverDeletedServesNothingFromBefore(t *testing.T, start func(*testing.T) *system) {
 	for _, state := range []string{"deleted", "deleted outside", "marked"} {
 		t.Run(state, func(t *testing.T) {
 			t.Parallel()
-			x := startSystem(t).in(t, "demo", state)
+			x := start(t).in(t, "demo", state)
 			third := x.put(3).GetMetadata().GetVersion()
 			x.wantGet(x.first, secret.VersionExpired)
 			x.wantGet(x.current, secret.VersionExpired)
@@ -432,7 +465,7 @@ func TestPutOverDeletedServesNothingFromBefore(t *testing.T) {
 	}
 	t.Run("generation 0 from before", func(t *testing.T) {
 		t.Parallel()
-		x := startSystem(t).in(t, "demo", "outside")
+		x := start(t).in(t, "demo", "outside")
 		x.delete()
 		x.put(3)
 		x.wantGet(x.current, secret.VersionExpired)
@@ -441,7 +474,11 @@ func TestPutOverDeletedServesNothingFromBefore(t *testing.T) {
 
 func TestRecoverRestoresWhatAPersonDisabled(t *testing.T) {
 	t.Parallel()
-	x := startSystem(t).in(t, "demo", "disabled")
+	onEachVault(t, testRecoverRestoresWhatAPersonDisabled)
+}
+
+func testRecoverRestoresWhatAPersonDisabled(t *testing.T, start func(*testing.T) *system) {
+	x := start(t).in(t, "demo", "disabled")
 	x.delete()
 	out, err := x.c.RecoverSecret(x.ctx, &secretsv1.RecoverSecretRequest{Ref: x.ref})
 	if err != nil || out.GetMetadata().GetState() != disabled || out.GetMetadata().GetDeleteTime() != nil {
@@ -452,6 +489,10 @@ func TestRecoverRestoresWhatAPersonDisabled(t *testing.T) {
 
 func TestOutsideHands(t *testing.T) {
 	t.Parallel()
+	onEachVault(t, testOutsideHands)
+}
+
+func testOutsideHands(t *testing.T, start func(*testing.T) *system) {
 	tests := map[string]func(t *testing.T, x *subject){
 		"set after a rotate counts on": func(t *testing.T, x *subject) {
 			x.setOutside(uri(7))
@@ -543,14 +584,18 @@ func TestOutsideHands(t *testing.T) {
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			test(t, startSystem(t).in(t, "demo", "active"))
+			test(t, start(t).in(t, "demo", "active"))
 		})
 	}
 }
 
 func TestTagsOfOthersAreCarriedAsFarAsThereIsRoom(t *testing.T) {
 	t.Parallel()
-	x := startSystem(t).in(t, "demo", "absent")
+	onEachVault(t, testTagsOfOthersAreCarriedAsFarAsThereIsRoom)
+}
+
+func testTagsOfOthersAreCarriedAsFarAsThereIsRoom(t *testing.T, start func(*testing.T) *system) {
+	x := start(t).in(t, "demo", "absent")
 	tags := vault.Tags{}
 	for i := range 15 {
 		tags[fmt.Sprintf("team-%02d", i)] = "x"
@@ -571,7 +616,11 @@ func TestTagsOfOthersAreCarriedAsFarAsThereIsRoom(t *testing.T) {
 
 func TestGetConditions(t *testing.T) {
 	t.Parallel()
-	x := startSystem(t).in(t, "demo", "active")
+	onEachVault(t, testGetConditions)
+}
+
+func testGetConditions(t *testing.T, start func(*testing.T) *system) {
+	x := start(t).in(t, "demo", "active")
 	get := func(in *secretsv1.GetSecretRequest) (*secretsv1.GetSecretResponse, error) {
 		in.Ref = x.ref
 		return x.c.GetSecret(x.ctx, in)

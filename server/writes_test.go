@@ -32,10 +32,14 @@ func (x *subject) reconnect() { x.c = x.as(consoleAPI) }
 
 func TestRequestIDGivesTheResultAgain(t *testing.T) {
 	t.Parallel()
+	onEachVault(t, testRequestIDGivesTheResultAgain)
+}
+
+func testRequestIDGivesTheResultAgain(t *testing.T, start func(*testing.T) *system) {
 	for _, restart := range []bool{false, true} {
 		t.Run(fmt.Sprintf("restart %v", restart), func(t *testing.T) {
 			t.Parallel()
-			x := startSystem(t).token(t, "demo")
+			x := start(t).token(t, "demo")
 			again := func() {
 				if restart {
 					x.restart()
@@ -106,7 +110,11 @@ func TestRequestIDGivesTheResultAgain(t *testing.T) {
 
 func TestRequestIDReused(t *testing.T) {
 	t.Parallel()
-	x := startSystem(t).in(t, "demo", "active")
+	onEachVault(t, testRequestIDReused)
+}
+
+func testRequestIDReused(t *testing.T, start func(*testing.T) *system) {
+	x := start(t).in(t, "demo", "active")
 	id := uuid.NewString()
 	put := func(r *secretsv1.SecretRef, value string) error {
 		_, err := x.c.PutSecret(x.ctx, &secretsv1.PutSecretRequest{Ref: r, Value: value, RequestId: id})
@@ -158,12 +166,16 @@ func (x *subject) further(n int) {
 
 func TestRequestIDIsRememberedForEightFurtherOperations(t *testing.T) {
 	t.Parallel()
+	onEachVault(t, testRequestIDIsRememberedForEightFurtherOperations)
+}
+
+func testRequestIDIsRememberedForEightFurtherOperations(t *testing.T, start func(*testing.T) *system) {
 	// Where in the cycle of deletes, recovers, puts and rotates it begins, and
 	// which operation is to be remembered.
 	for begin := range 4 {
 		t.Run(fmt.Sprint("mixed from ", begin), func(t *testing.T) {
 			t.Parallel()
-			x := startSystem(t).token(t, "demo")
+			x := start(t).token(t, "demo")
 			if begin == 1 { // something to recover
 				x.further(3)
 				x.further(0)
@@ -218,7 +230,7 @@ func TestRequestIDIsRememberedForEightFurtherOperations(t *testing.T) {
 	}
 	t.Run("puts, as the contract's example", func(t *testing.T) {
 		t.Parallel()
-		x := startSystem(t).token(t, "demo")
+		x := start(t).token(t, "demo")
 		id := uuid.NewString()
 		first, err := x.rotateToken(id)
 		if err != nil {
@@ -248,7 +260,11 @@ func TestRequestIDIsRememberedForEightFurtherOperations(t *testing.T) {
 
 func TestWhatLeavesNoTrace(t *testing.T) {
 	t.Parallel()
-	x := startSystem(t).in(t, "demo", "active")
+	onEachVault(t, testWhatLeavesNoTrace)
+}
+
+func testWhatLeavesNoTrace(t *testing.T, start func(*testing.T) *system) {
+	x := start(t).in(t, "demo", "active")
 	id := uuid.NewString()
 	put := func(n int) *secretsv1.PutSecretResponse {
 		out, err := x.c.PutSecret(x.ctx, &secretsv1.PutSecretRequest{Ref: x.ref, Value: uri(n), RequestId: id})
@@ -279,7 +295,11 @@ func TestWhatLeavesNoTrace(t *testing.T) {
 
 func TestRequestIDIsForgottenByAPurge(t *testing.T) {
 	t.Parallel()
-	x := startSystem(t).in(t, "demo", "absent")
+	onEachVault(t, testRequestIDIsForgottenByAPurge)
+}
+
+func testRequestIDIsForgottenByAPurge(t *testing.T, start func(*testing.T) *system) {
+	x := start(t).in(t, "demo", "absent")
 	id := uuid.NewString()
 	put := func() *secretsv1.SecretMetadata {
 		out, err := x.c.PutSecret(x.ctx, &secretsv1.PutSecretRequest{Ref: x.ref, Value: uri(1), RequestId: id})
@@ -298,7 +318,11 @@ func TestRequestIDIsForgottenByAPurge(t *testing.T) {
 
 func TestRequestIDSurvivesAnOutsideWrite(t *testing.T) {
 	t.Parallel()
-	x := startSystem(t).in(t, "demo", "absent")
+	onEachVault(t, testRequestIDSurvivesAnOutsideWrite)
+}
+
+func testRequestIDSurvivesAnOutsideWrite(t *testing.T, start func(*testing.T) *system) {
+	x := start(t).in(t, "demo", "absent")
 	id := uuid.NewString()
 	put := func() (*secretsv1.PutSecretResponse, error) {
 		return x.c.PutSecret(x.ctx, &secretsv1.PutSecretRequest{Ref: x.ref, Value: uri(1), RequestId: id})
@@ -350,6 +374,10 @@ func isEffect(op string) bool {
 
 func TestVaultFaultsBeforeAnyEffect(t *testing.T) {
 	t.Parallel()
+	onEachVault(t, testVaultFaultsBeforeAnyEffect)
+}
+
+func testVaultFaultsBeforeAnyEffect(t *testing.T, start func(*testing.T) *system) {
 	for fault, want := range map[error]secret.Reason{
 		vault.ErrUnavailable:                  secret.VaultUnavailable,
 		vault.ErrThrottled:                    secret.VaultThrottled,
@@ -360,7 +388,7 @@ func TestVaultFaultsBeforeAnyEffect(t *testing.T) {
 			t.Run(fmt.Sprint(want, " ", name), func(t *testing.T) {
 				t.Parallel()
 				for _, effects := range []bool{false, true} { // at the look, at the first effect
-					x := startSystem(t).in(t, "demo", stateFor(name))
+					x := start(t).in(t, "demo", stateFor(name))
 					before := x.stored()
 					x.vault.SetBefore(func(_ context.Context, op string, _ secret.Key) error {
 						if !effects || isEffect(op) {
@@ -393,10 +421,14 @@ func TestVaultFaultsBeforeAnyEffect(t *testing.T) {
 
 func TestUncertainWrites(t *testing.T) {
 	t.Parallel()
+	onEachVault(t, testUncertainWrites)
+}
+
+func testUncertainWrites(t *testing.T, start func(*testing.T) *system) {
 	for name, write := range writeCalls {
 		t.Run(name+" that landed", func(t *testing.T) {
 			t.Parallel()
-			x := startSystem(t).in(t, "demo", stateFor(name))
+			x := start(t).in(t, "demo", stateFor(name))
 			x.vault.SetAfter(func(_ context.Context, op string, _ secret.Key, err error) error {
 				if err == nil && (op == "Set" || op == "Update") {
 					return vault.Uncertain(vault.ErrUnavailable)
@@ -409,7 +441,7 @@ func TestUncertainWrites(t *testing.T) {
 		})
 		t.Run(name+" that did not", func(t *testing.T) {
 			t.Parallel()
-			x := startSystem(t).in(t, "demo", stateFor(name))
+			x := start(t).in(t, "demo", stateFor(name))
 			x.vault.SetBefore(func(_ context.Context, op string, _ secret.Key) error {
 				if op == "Set" || op == "Update" {
 					return vault.Uncertain(vault.ErrUnavailable)
@@ -431,7 +463,11 @@ func TestUncertainWrites(t *testing.T) {
 
 func TestDeleteIsAppliedWithItsMark(t *testing.T) {
 	t.Parallel()
-	x := startSystem(t).in(t, "demo", "active")
+	onEachVault(t, testDeleteIsAppliedWithItsMark)
+}
+
+func testDeleteIsAppliedWithItsMark(t *testing.T, start func(*testing.T) *system) {
+	x := start(t).in(t, "demo", "active")
 	x.vault.SetBefore(func(_ context.Context, op string, _ secret.Key) error {
 		if op == "Delete" {
 			return vault.ErrUnavailable
@@ -445,6 +481,7 @@ func TestDeleteIsAppliedWithItsMark(t *testing.T) {
 	if err := writeCalls["delete"](x, x.ctx, id); err != nil {
 		t.Fatalf("the same request again: %v", err)
 	}
+	x.settle()
 	if _, err := x.store.GetDeleted(x.ctx, x.key); err != nil {
 		t.Errorf("the vault has not deleted it: %v", err)
 	}
@@ -452,7 +489,11 @@ func TestDeleteIsAppliedWithItsMark(t *testing.T) {
 
 func TestOneWinnerPerVersion(t *testing.T) {
 	t.Parallel()
-	x := startSystem(t).in(t, "demo", "active")
+	onEachVault(t, testOneWinnerPerVersion)
+}
+
+func testOneWinnerPerVersion(t *testing.T, start func(*testing.T) *system) {
+	x := start(t).in(t, "demo", "active")
 	const writers, rounds = 64, 3
 	current := x.current
 	for round := range rounds {
@@ -535,7 +576,11 @@ func (x *subject) hang(method string, after bool) (reached chan struct{}, releas
 
 func TestWriteIsCarriedOnWithoutItsCaller(t *testing.T) {
 	t.Parallel()
-	x := startSystem(t).in(t, "demo", "active")
+	onEachVault(t, testWriteIsCarriedOnWithoutItsCaller)
+}
+
+func testWriteIsCarriedOnWithoutItsCaller(t *testing.T, start func(*testing.T) *system) {
+	x := start(t).in(t, "demo", "active")
 	reached, release := x.hang("Set", false)
 	id := uuid.NewString()
 	ctx, leave := context.WithCancel(x.ctx)
@@ -564,7 +609,11 @@ func TestWriteIsCarriedOnWithoutItsCaller(t *testing.T) {
 
 func TestDeadlineOfAnUnaryCallWithoutOne(t *testing.T) {
 	t.Parallel()
-	x := startSystem(t).in(t, "demo", "active")
+	onEachVault(t, testDeadlineOfAnUnaryCallWithoutOne)
+}
+
+func testDeadlineOfAnUnaryCallWithoutOne(t *testing.T, start func(*testing.T) *system) {
+	x := start(t).in(t, "demo", "active")
 	left := make(chan time.Duration, 1)
 	x.vault.SetBefore(func(ctx context.Context, op string, _ secret.Key) error {
 		if deadline, ok := ctx.Deadline(); ok && op == "Get" {
