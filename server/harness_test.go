@@ -25,6 +25,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	secretsv1 "github.com/exto/secrets-broker/gen/exto/secrets/v1"
 	"github.com/exto/secrets-broker/internal/keyvaultfake"
@@ -408,3 +409,5 @@ func callContext(t *testing.T) context.Context {
 }
 
 func contains(s, part string) bool { return strings.Contains(s, part) }
+
+func durationOf(d time.Duration) *durationpb.Duration { return durationpb.New(d) }

@@ -173,10 +173,11 @@ const (
 )
 
 // moved reports whether a write found the secret in another state than the one
-// that it was judged by, and did nothing.
+// that it was judged by, and did nothing; or nothing that would be there now, where
+// the name turned out to be deleted.
 func moved(err error) bool {
 	var told *Error
-	return !errors.As(err, &told) && !vault.IsUncertain(err) && (changed(err) || errors.Is(err, vault.ErrDeleted))
+	return !errors.As(err, &told) && (changed(err) && !vault.IsUncertain(err) || errors.Is(err, vault.ErrDeleted))
 }
 
 // told is err in the contract's words. A request that was sent before with unknown
@@ -368,7 +369,8 @@ func (b *Broker) store(ctx context.Context, op *operation, s *snapshot, base ver
 	after, err := b.set(ctx, op, s, value, r)
 	switch {
 	case vault.IsUncertain(err):
-		b.pend(op.key, pendingWrite{letter: op.letter, id: op.id, value: value, epoch: r.epoch, generation: r.generation})
+		op.again = &pendingWrite{letter: op.letter, id: op.id, value: value, epoch: r.epoch, generation: r.generation}
+		b.pend(op.key, *op.again)
 		return nil, err
 	case err != nil:
 		return nil, b.deleteAgain(ctx, op, recovered, err)

@@ -172,9 +172,15 @@ func (v *Vault) read(ctx context.Context, op string, class class, f func(context
 
 // readWith is read with additions to the request's query.
 func (v *Vault) readWith(ctx context.Context, op string, class class, query url.Values, f func(context.Context) error) error {
+	return v.again(ctx, func() error { return v.do(ctx, &call{op: op, class: class, query: query}, f) })
+}
+
+// again makes a call that changes nothing until it is answered, or is out of tries
+// or of time.
+func (v *Vault) again(ctx context.Context, ask func() error) error {
 	pauses := vault.NewPauses(readPause, time.Second)
 	for try := 1; ; try++ {
-		err := v.do(ctx, &call{op: op, class: class, query: query}, f)
+		err := ask()
 		throttled := errors.Is(err, vault.ErrThrottled) && !errors.Is(err, errBudget)
 		if !throttled && (!errors.Is(err, vault.ErrUnavailable) || try == readTries || v.closed.Load()) {
 			return err

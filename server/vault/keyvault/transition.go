@@ -65,9 +65,11 @@ func (v *Vault) isGone(ctx context.Context, key secret.Key) (bool, error) {
 func (v *Vault) Settle(ctx context.Context, key secret.Key) error {
 	pauses := vault.NewPauses(firstPause, longestPause)
 	for {
-		err := v.do(ctx, &call{op: "Settle", change: true}, func(ctx context.Context) error {
-			_, err := v.client.UpdateSecretProperties(ctx, key.String(), "", azsecrets.UpdateSecretPropertiesParameters{}, nil)
-			return err
+		err := v.again(ctx, func() error {
+			return v.do(ctx, &call{op: "Settle", change: true}, func(ctx context.Context) error {
+				_, err := v.client.UpdateSecretProperties(ctx, key.String(), "", azsecrets.UpdateSecretPropertiesParameters{}, nil)
+				return err
+			})
 		})
 		var conflict *conflictError
 		switch {
