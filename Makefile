@@ -5,17 +5,23 @@ TOOL := go tool -modfile=tools/go.mod
 PACKAGES := ./...
 # Fuzz targets run this long each.
 FUZZTIME ?= 30s
+# How many runs of random faults "make soak" makes.
+SEEDS ?= 2000
 # What "make bench" runs.
 BENCH ?= Durable
 
 .DEFAULT_GOAL := help
-.PHONY: help run serve build test check generate bench fuzz
+.PHONY: help run run-keyvault serve build test test-azure check generate bench fuzz soak
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: build ## start a broker on this machine with no set-up, in .broker-dev
 	@exec bin/broker dev
+
+# A program of its own, not "go run", which leaves it running when it is told to end.
+run-keyvault: build ## the same on an Azure Key Vault in memory; Linux only
+	@go build -o bin/run-keyvault ./internal/run-keyvault && exec bin/run-keyvault bin/broker
 
 serve: build ## start a broker as configured by .env and the environment
 	@set -a; if [ -f .env ]; then . ./.env; fi; set +a; exec bin/broker serve
@@ -26,6 +32,11 @@ build: ## build bin/broker
 test: ## run all tests
 	go test $(PACKAGES)
 
+test-azure: ## hold the real vault AZURE_KEY_VAULT_URL against the suite of all vaults
+	@[ "$$SECRET_STORE_PROVIDER" = azure-keyvault ] && [ -n "$$AZURE_KEY_VAULT_URL" ] || \
+		{ echo 'make test-azure: set SECRET_STORE_PROVIDER=azure-keyvault and AZURE_KEY_VAULT_URL to a vault for tests; deleted secrets are left in it' >&2; exit 1; }
+	go test -run '^TestAzure$$' -timeout 60m -count 1 -parallel 4 -v ./server/vault/keyvault
+
 check: ## what CI asks beyond the tests: generated code, lint, vet, analysis, races, platforms
 	@scripts/check.sh
 
@@ -34,6 +45,9 @@ generate: ## make gen/ from proto/
 
 bench: ## measure the store against plain bbolt in one run and print the ratios
 	go test -run '^$$' -bench '$(BENCH)' -benchtime 1x ./server/vault/embedded
+
+soak: ## random faults against one secret, SEEDS (2000) times over
+	BROKER_TEST_SEEDS=$(SEEDS) go test -count 1 -timeout 60m -run '^TestRandomFaults$$' ./server
 
 fuzz: ## run every fuzz target for FUZZTIME (30s) each
 	@scripts/fuzz.sh $(FUZZTIME)

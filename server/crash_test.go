@@ -9,6 +9,7 @@ import (
 	"github.com/google/uuid"
 
 	secretsv1 "github.com/exto/secrets-broker/gen/exto/secrets/v1"
+	"github.com/exto/secrets-broker/internal/keyvaultfake"
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server/vault"
 )
@@ -72,18 +73,23 @@ func TestKilledBetweenAnyTwoSteps(t *testing.T) {
 		// exposed is after how many steps the old value can be read by rights of
 		// nobody but the person who deleted the secret; 0: never.
 		exposed int
+		// fresh is for a broker that has not seen the secret before. A put asks the
+		// vault first whether there is anything to be put over.
+		fresh bool
 	}{
-		{"delete", "active", writeCalls["delete"], 2, 1, "SECRET_NOT_FOUND", 0},
-		{"delete what a person disabled", "disabled", writeCalls["delete"], 2, 1, "SECRET_NOT_FOUND", 0},
-		{"recover", "deleted", writeCalls["recover"], 2, 2, uri(2), 0},
-		{"recover what is marked", "marked", writeCalls["recover"], 1, 1, uri(2), 0},
-		// A put asks the vault first whether there is anything to be put over.
-		{"put over deleted", "deleted", putOver, 3, 3, uri(3), 0},
-		{"put over marked", "marked", putOver, 1, 1, uri(3), 0},
-		{"put over deleted by a person", "deleted outside", putOver, 3, 3, uri(3), 2},
-		{"rotate over deleted", "deleted", rotateOver, 3, 3, uri(3), 0},
-		{"put", "active", writeCalls["put"], 1, 1, uri(3), 0},
-		{"rotate", "active", writeCalls["rotate"], 1, 1, uri(3), 0},
+		{"delete", "active", writeCalls["delete"], 2, 1, "SECRET_NOT_FOUND", 0, false},
+		{"delete what a person disabled", "disabled", writeCalls["delete"], 2, 1, "SECRET_NOT_FOUND", 0, false},
+		{"recover", "deleted", writeCalls["recover"], 2, 2, uri(2), 0, false},
+		{"recover what is marked", "marked", writeCalls["recover"], 1, 1, uri(2), 0, false},
+		{"put over deleted", "deleted", putOver, 2, 2, uri(3), 0, false},
+		{"put over deleted, not seen", "deleted", putOver, 3, 3, uri(3), 0, true},
+		{"put over marked", "marked", putOver, 1, 1, uri(3), 0, false},
+		{"put over deleted by a person", "deleted outside", putOver, 2, 2, uri(3), 1, false},
+		{"put over deleted by a person, not seen", "deleted outside", putOver, 3, 3, uri(3), 2, true},
+		{"rotate over deleted", "deleted", rotateOver, 2, 2, uri(3), 0, false},
+		{"rotate over deleted, not seen", "deleted", rotateOver, 3, 3, uri(3), 0, true},
+		{"put", "active", writeCalls["put"], 1, 1, uri(3), 0, false},
+		{"rotate", "active", writeCalls["rotate"], 1, 1, uri(3), 0, false},
 	}
 	got := func(x *subject) string {
 		out, err := x.get("")
@@ -100,6 +106,10 @@ func TestKilledBetweenAnyTwoSteps(t *testing.T) {
 						t.Parallel()
 						x := start(t).in(t, "demo", test.state)
 						before := got(x)
+						if test.fresh {
+							x.restart()
+							x.reconnect()
+						}
 						died := x.kill(step, after)
 						id := uuid.NewString()
 						err := test.call(x, x.ctx, id)
@@ -149,6 +159,46 @@ func TestKilledBetweenAnyTwoSteps(t *testing.T) {
 				}
 			}
 		}
+	})
+}
+
+// TestPutWhileTheNameIsBeingRecovered: found neither live nor deleted, it is not
+// absent. What it has become is what the put is judged by.
+func TestPutWhileTheNameIsBeingRecovered(t *testing.T) {
+	t.Parallel()
+	t.Run("by a person", func(t *testing.T) {
+		t.Parallel()
+		x := startKeyVault(t).in(t, "demo", "deleted outside")
+		x.fake.PersonRecover(x.key.String())
+		_, err := x.c.PutSecret(x.ctx, &secretsv1.PutSecretRequest{Ref: x.ref, Value: uri(3), Precondition: &secretsv1.PutSecretRequest_MustNotExist{MustNotExist: true}})
+		wantReason(t, err, secret.SecretExists, secret.NotApplied)
+		x.delete()
+		x.settle()
+		x.fake.PersonRecover(x.key.String())
+		if m := x.put(3).GetMetadata(); m.GetGeneration() != 3 {
+			t.Errorf("got generation %d, want 3", m.GetGeneration())
+		}
+	})
+	t.Run("by a put over it that was cut off", func(t *testing.T) {
+		t.Parallel()
+		x := startKeyVault(t).in(t, "demo", "deleted")
+		x.settle()
+		x.fault(keyvaultfake.OpRecover, 1, keyvaultfake.Fault{CutAfter: true})
+		x.hurried.Store(true)
+		if err := writeCalls["put"](x, x.ctx, uuid.NewString()); err == nil {
+			t.Fatal("got success of what was cut off")
+		}
+		x.fake.OnRequest(nil)
+		x.restart()
+		x.reconnect()
+		if got := x.fake.State(x.key.String()); got != keyvaultfake.Recovering {
+			t.Fatalf("the name is %s, want it recovering", got)
+		}
+		if m := x.put(4).GetMetadata(); m.GetGeneration() != 3 {
+			t.Errorf("got generation %d, want 3", m.GetGeneration())
+		}
+		x.wantGet(x.first, secret.VersionExpired)
+		x.wantGet(x.current, secret.VersionExpired)
 	})
 }
 

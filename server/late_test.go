@@ -36,7 +36,7 @@ func (x *subject) versions() []keyvaultfake.Version { return x.fake.Versions(x.k
 
 // land lets time pass until what was sent and not committed yet is.
 func (x *subject) land() {
-	x.clock.advance(time.Hour)
+	x.clock.advance(31 * time.Minute)
 	x.fake.Settle()
 }
 
@@ -89,6 +89,9 @@ func TestCutAfterCommit(t *testing.T) {
 		for kind, fault := range map[string]keyvaultfake.Fault{
 			"after": {CutAfter: true}, "before": {Cut: true}, "503": {Status: 503}, "500": {Status: 500}, "429": {Status: 429},
 		} {
+			if kind == "429" && test.name != "put" && test.name != "delete, marking" {
+				continue // each costs a second
+			}
 			t.Run(test.name+"/"+kind, func(t *testing.T) {
 				t.Parallel()
 				x := startKeyVault(t).in(t, "demo", test.state)

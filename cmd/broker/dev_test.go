@@ -1,7 +1,6 @@
 package main
 
 import (
-	"crypto/x509"
 	"encoding/json"
 	"os"
 	"os/exec"
@@ -9,10 +8,8 @@ import (
 	"regexp"
 	"strings"
 	"testing"
-	"time"
 
 	secretsv1 "github.com/exto/secrets-broker/gen/exto/secrets/v1"
-	"github.com/exto/secrets-broker/internal/pki"
 )
 
 func TestDevFolder(t *testing.T) {
@@ -64,66 +61,6 @@ func must2[T any](result T, err error) func(*testing.T) T {
 	return func(t *testing.T) T {
 		t.Helper()
 		return must(t, result, err)
-	}
-}
-
-func TestDevCertificates(t *testing.T) {
-	t.Parallel()
-	dir, now := t.TempDir(), time.Now()
-	if err := ensureCertificates(dir, now); err != nil {
-		t.Fatal(err)
-	}
-	load := func(name string) pki.Pair {
-		t.Helper()
-		return must2(pki.Load(pairFiles(dir, name)))(t)
-	}
-	ca, server, worker := load("ca"), load("server"), load("worker")
-	if life := ca.Cert.NotAfter.Sub(now); life < 3640*24*time.Hour || !ca.Cert.IsCA {
-		t.Errorf("got a CA for %v, want 10 years", life)
-	}
-	for _, name := range []string{"localhost", "127.0.0.1", "::1"} {
-		if err := server.Cert.VerifyHostname(name); err != nil {
-			t.Error(err)
-		}
-	}
-	for leaf, id := range map[string]string{"server": "broker", "console-api": "console-api", "worker": "worker", "operator": "operator", "instance-demo": "instance/demo"} {
-		cert := load(leaf).Cert
-		if len(cert.URIs) != 1 || cert.URIs[0].String() != "spiffe://console.exto/"+id {
-			t.Errorf("%s: got %v", leaf, cert.URIs)
-		}
-		if cert.Subject.String() == ca.Cert.Subject.String() {
-			t.Errorf("%s has the CA's name", leaf)
-		}
-		if life := cert.NotAfter.Sub(now).Round(time.Hour); life != 30*24*time.Hour {
-			t.Errorf("%s lives %v, want 30 days", leaf, life)
-		}
-	}
-	same := func(later time.Duration) bool {
-		t.Helper()
-		if err := ensureCertificates(dir, now.Add(later)); err != nil {
-			t.Fatal(err)
-		}
-		return load("worker").Cert.Equal(worker.Cert)
-	}
-	if !same(28 * 24 * time.Hour) {
-		t.Error("renewed with two days left")
-	}
-	if same(29*24*time.Hour + time.Minute) {
-		t.Error("not renewed with under a day left")
-	}
-	if err := load("worker").Cert.CheckSignatureFrom(ca.Cert); err != nil {
-		t.Errorf("renewed by another CA: %v", err)
-	}
-	foreign := must2(pki.NewCA("foreign", now, time.Hour))(t)
-	stray := must2(foreign.Issue(x509.Certificate{}, now, 30*24*time.Hour))(t)
-	if err := writePair(dir, "worker", stray); err != nil {
-		t.Fatal(err)
-	}
-	if err := ensureCertificates(dir, now); err != nil {
-		t.Fatal(err)
-	}
-	if err := load("worker").Cert.CheckSignatureFrom(ca.Cert); err != nil {
-		t.Errorf("a certificate of another CA was kept: %v", err)
 	}
 }
 

@@ -21,6 +21,7 @@ import (
 	"google.golang.org/grpc/credentials"
 
 	secretsv1 "github.com/exto/secrets-broker/gen/exto/secrets/v1"
+	"github.com/exto/secrets-broker/internal/devdir"
 )
 
 // binary is the broker, built once for all tests.
@@ -165,7 +166,7 @@ func (p *process) end(sig syscall.Signal) {
 // as is a client with one of the certificates of dev.
 func (p *process) as(name string) secretsv1.SecretsBrokerServiceClient {
 	p.t.Helper()
-	certFile, keyFile := pairFiles(filepath.Join(p.dir, devDir), name)
+	certFile, keyFile := devdir.PairFiles(filepath.Join(p.dir, devDir), name)
 	cert, err := tls.LoadX509KeyPair(certFile, keyFile)
 	if err != nil {
 		p.t.Fatal(err)

@@ -237,7 +237,7 @@ func TestPolicyCheck(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	good := filepath.Join(dir, "good.yaml")
-	if err := os.WriteFile(good, devPolicy, 0o600); err != nil {
+	if err := os.WriteFile(good, must2(os.ReadFile("../../internal/devdir/policy.yaml"))(t), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if code, stdout, stderr := runBroker(t, dir, nil, "policy", "check", good); code != 0 || !strings.Contains(stdout, "good") {

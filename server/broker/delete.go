@@ -195,10 +195,10 @@ func (b *Broker) Recover(ctx context.Context, call Call, req RecoverRequest) (Me
 				}
 				return Metadata{}, err
 			}
-			s.live = true
-			if base, err = b.base(ctx, s); err != nil {
+			if base, err = b.afterRecover(ctx, s); err != nil {
 				return Metadata{}, b.recovered(ctx, op, marked, err)
 			}
+			marked = s.current.marked()
 		}
 		r := b.carried(s, base)
 		r.others = append([]done{{letterRecover, op.id, s.current.Version}}, s.deletesAndOthers(base)...)
@@ -292,6 +292,7 @@ func (b *Broker) update(ctx context.Context, op *operation, s *snapshot, r recor
 	}
 	s.current = newVersion(props)
 	s.listed = nil
+	b.see(op.key, s.current) // found again, where it was missing in between
 	return nil
 }
 

@@ -24,7 +24,7 @@ func (b *Broker) putDown(ctx context.Context, op *operation, s *snapshot) error 
 	if s.state == Active {
 		b.raiseEpoch(s.current.epoch)
 		r := s.current.record
-		r.generation = max(r.generation, b.highestOf(op.key, false)) + 1
+		r.generation = max(r.generation, b.highestOf(op.key, "", false)) + 1
 		r.epoch, r.auditID = b.epoch.Load(), op.AuditID
 		r.made = done{letter: letterPut, id: uuid.NewString()}
 		r.others = slices.Clone(s.history(s.current))
@@ -35,15 +35,20 @@ func (b *Broker) putDown(ctx context.Context, op *operation, s *snapshot) error 
 		}
 		b.see(op.key, after)
 	}
-	if !s.late.Enabled {
+	return b.disable(ctx, op, *s.late)
+}
+
+// disable disables a late version; its tags stay.
+func (b *Broker) disable(ctx context.Context, op *operation, late version) error {
+	if !late.Enabled {
 		return nil
 	}
 	return b.settle(ctx, op, func(ctx context.Context) error {
-		_, err := b.vault.Update(ctx, op.key, s.late.Version, vault.Patch{Tags: s.late.Tags})
+		_, err := b.vault.Update(ctx, op.key, late.Version, vault.Patch{Tags: late.Tags})
 		return err
 	}, func(ctx context.Context) (bool, error) {
 		all, err := b.vault.Versions(ctx, op.key)
-		at := slices.IndexFunc(all, func(p vault.Properties) bool { return p.Version == s.late.Version })
+		at := slices.IndexFunc(all, func(p vault.Properties) bool { return p.Version == late.Version })
 		return err == nil && at >= 0 && !all[at].Enabled, err
 	})
 }

@@ -120,9 +120,9 @@ func (b *Broker) forget(key secret.Key) {
 }
 
 // highestOf is the highest generation of a secret that was written, seen, or sent
-// with unknown outcome: no later write takes it again. Of an absent one only the
-// last counts.
-func (b *Broker) highestOf(key secret.Key, absent bool) int64 {
+// with unknown outcome by another operation than id: no later write takes it
+// again. Of an absent one only the last counts.
+func (b *Broker) highestOf(key secret.Key, id string, absent bool) int64 {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	highest := int64(0)
@@ -130,7 +130,9 @@ func (b *Broker) highestOf(key secret.Key, absent bool) int64 {
 		highest = b.known[key].generation
 	}
 	for _, w := range b.pending[key] {
-		highest = max(highest, w.generation)
+		if w.id != id {
+			highest = max(highest, w.generation)
+		}
 	}
 	return highest
 }

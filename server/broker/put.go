@@ -31,9 +31,7 @@ type PutResult struct {
 // writes the first version that is served from then on.
 func (b *Broker) Put(ctx context.Context, call Call, req PutRequest) (PutResult, error) {
 	op := newOperation(call, req.Key, letterPut, req.RequestID)
-	// Over what is absent and over what is deleted a put is the same, and the vault
-	// says so itself; but a precondition is to be judged after the request id.
-	op.depth = depth(req.MustMatchVersion == "")
+	op.depth = b.depthFor(req.Key, req.MustMatchVersion == "")
 	return do(b, ctx, op, func(ctx context.Context) (PutResult, error) {
 		s, base, replay, err := b.prepare(ctx, op)
 		if err != nil {
@@ -69,6 +67,15 @@ func (b *Broker) Put(ctx context.Context, call Call, req PutRequest) (PutResult,
 	})
 }
 
+// depthFor is how far a put looks. Over what is absent and over what is deleted it
+// does the same, and the vault says so itself when a name is deleted. But a
+// precondition is to be judged after the request id, which a deleted secret may
+// know; and what was there a moment ago has generations to go on from.
+func (b *Broker) depthFor(key secret.Key, alike bool) depth {
+	_, known := b.knownOf(key)
+	return depth(alike && !known)
+}
+
 // RotateRequest asks for a new value.
 type RotateRequest struct {
 	Key secret.Key
@@ -99,7 +106,7 @@ type RotateResult struct {
 // done afterwards.
 func (b *Broker) Rotate(ctx context.Context, call Call, req RotateRequest) (RotateResult, error) {
 	op := newOperation(call, req.Key, letterRotate, req.RequestID)
-	op.depth = depth(req.MustMatchVersion == "" && req.AllowMissing)
+	op.depth = b.depthFor(req.Key, req.MustMatchVersion == "" && req.AllowMissing)
 	return do(b, ctx, op, func(ctx context.Context) (RotateResult, error) {
 		s, base, replay, err := b.prepare(ctx, op)
 		if err != nil {

@@ -342,20 +342,20 @@ func (b *Broker) store(ctx context.Context, op *operation, s *snapshot, base ver
 			}
 			return nil, err
 		}
-		s.live = true
 		var err error
-		if base, err = b.base(ctx, s); err != nil {
+		if base, err = b.afterRecover(ctx, s); err != nil {
 			return nil, b.deleteAgain(ctx, op, recovered, err)
 		}
 	}
 
-	highest := max(base.generation, b.highestOf(op.key, s.state == Absent))
-	r.generation, r.createdBy = highest+1, op.Caller
+	taken := max(base.generation, b.highestOf(op.key, op.id, s.state == Absent))
+	r.generation, r.createdBy = taken+1, op.Caller
 	r.epoch, r.auditID = b.epoch.Load(), op.AuditID
 	if again := op.again; again != nil {
-		if again.generation == highest && again.epoch == r.epoch {
-			r.generation = highest // nothing came since: it is one write, sent twice
+		if again.generation > taken && again.epoch == r.epoch {
+			r.generation = again.generation // nothing came since: it is one write, sent twice
 		} else {
+			r.generation = max(taken, again.generation) + 1
 			r.epoch = b.epoch.Add(1) // so that the one sent before is a late one
 		}
 	}
@@ -380,12 +380,18 @@ func (b *Broker) store(ctx context.Context, op *operation, s *snapshot, base ver
 	}
 	b.see(op.key, after)
 	b.unhide(op.key)
+	if s.late != nil {
+		if err := b.disable(ctx, op, *s.late); err != nil {
+			// It is covered by what was written, and from before the delete: not served.
+			b.log.Warn("a late version is not disabled", "key", op.key.String(), "audit_id", op.AuditID, "version", s.late.Version, "error", err)
+		}
+	}
 	return &snapshot{key: op.key, state: Active, live: true, current: after}, nil
 }
 
 // set makes one new version of what r says.
 func (b *Broker) set(ctx context.Context, op *operation, s *snapshot, value secret.Value, r record) (version, error) {
-	v := vault.NewVersion{Value: value, ContentType: s.current.ContentType, Tags: b.encode(r, s)}
+	v := vault.NewVersion{First: s.state == Absent, Value: value, ContentType: s.current.ContentType, Tags: b.encode(r, s)}
 	var props vault.Properties
 	err := b.settle(ctx, op, func(ctx context.Context) (err error) {
 		props, err = b.vault.Set(ctx, op.key, v)
@@ -411,6 +417,20 @@ func (b *Broker) bringBack(ctx context.Context, op *operation) error {
 		}
 		return err == nil, err
 	})
+}
+
+// afterRecover looks at what has come back with a name: what the vault showed of it
+// while it was deleted was its newest version, which may be a late one. It gives
+// the version that the next write counts on.
+func (b *Broker) afterRecover(ctx context.Context, s *snapshot) (version, error) {
+	s.live, s.listed = true, nil
+	if err := b.listVersions(ctx, s); err != nil {
+		return version{}, err
+	}
+	if greatest := s.greatest(); s.current.generation > 0 && greatest.later(s.current.record) {
+		s.putBehind(greatest)
+	}
+	return b.base(ctx, s)
 }
 
 // deleteAgain undoes the recover of a secret that somebody else had deleted,

@@ -124,6 +124,10 @@ type Properties struct {
 
 // NewVersion is a version to be stored. It is enabled.
 type NewVersion struct {
+	// First says that the name was found nowhere. Should it be in a state between,
+	// that is ErrDeleted, and not waited out: what comes after it may be a secret
+	// with versions.
+	First       bool
 	Value       secret.Value
 	ContentType string
 	Tags        Tags

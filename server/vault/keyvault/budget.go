@@ -2,6 +2,7 @@ package keyvault
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"time"
 
@@ -42,7 +43,8 @@ type budget struct {
 	waiting int
 	armed   bool
 	held    time.Time // nothing is sent until then
-	changed time.Time // when the rate was changed
+	slowed  time.Time // when the rate was last lowered
+	raised  time.Time // and raised
 }
 
 func newBudget(perSecond float64) *budget {
@@ -53,10 +55,7 @@ func newBudget(perSecond float64) *budget {
 }
 
 // waiter is a request that waits.
-type waiter struct {
-	granted chan struct{}
-	gone    bool
-}
+type waiter struct{ granted chan struct{} }
 
 // queue has the requests of one class, by caller.
 type queue struct {
@@ -72,6 +71,19 @@ func (q *queue) push(caller string, w *waiter) {
 		q.turns = append(q.turns, caller)
 	}
 	q.callers[caller] = append(q.callers[caller], w)
+}
+
+// remove takes a request out that does not wait any more.
+func (q *queue) remove(caller string, w *waiter) {
+	line := q.callers[caller]
+	at := slices.Index(line, w)
+	if line = slices.Delete(line, at, at+1); len(line) > 0 {
+		q.callers[caller] = line
+		return
+	}
+	delete(q.callers, caller)
+	at = slices.Index(q.turns, caller)
+	q.turns = slices.Delete(q.turns, at, at+1)
 }
 
 // pop is the next request; nil when there is none.
@@ -134,7 +146,8 @@ func (b *budget) take(ctx context.Context, c class, caller string) error {
 	case <-w.granted: // meanwhile; it may as well be used
 		return ctx.Err()
 	default:
-		w.gone = true
+		b.queues[c].remove(caller, w)
+		b.waiting--
 		return err
 	}
 }
@@ -162,44 +175,24 @@ func (b *budget) dispatch() {
 	defer b.mu.Unlock()
 	b.armed = false
 	for b.waiting > 0 {
-		w := b.next()
-		if w == nil {
-			break // only such as are gone were waiting
-		}
 		if !b.allow() {
 			b.arm()
 			return
 		}
-		b.drop()
-		close(w.granted)
+		close(b.next().granted)
 	}
 }
 
-// next is whose turn it is; it stays in the queue. Those that are gone are
-// dropped. b.mu is held.
+// next takes who has the next turn out of the queues. Somebody waits, and b.mu is
+// held.
 func (b *budget) next() *waiter {
+	b.waiting--
 	for c := range b.queues {
-		q := &b.queues[c]
-		for len(q.turns) > 0 {
-			w := q.callers[q.turns[0]][0]
-			if !w.gone {
-				return w
-			}
-			q.pop()
-			b.waiting--
+		if w := b.queues[c].pop(); w != nil {
+			return w
 		}
 	}
-	return nil
-}
-
-// drop takes what next gave out of its queue. b.mu is held.
-func (b *budget) drop() {
-	for c := range b.queues {
-		if b.queues[c].pop() != nil {
-			b.waiting--
-			return
-		}
-	}
+	panic("keyvault: more are waiting than are in the queues")
 }
 
 // throttled slows down after a 429: at most once for those that were sent
@@ -211,10 +204,10 @@ func (b *budget) throttled(retryAfter time.Duration) {
 	if held := now.Add(max(retryAfter, throttlePause)); held.After(b.held) {
 		b.held = held
 	}
-	if now.Sub(b.changed) < throttlePause {
+	if now.Sub(b.slowed) < throttlePause {
 		return
 	}
-	b.changed = now
+	b.slowed = now
 	b.limiter.SetLimitAt(now, max(b.limiter.Limit()/2, b.full/leastShare))
 }
 
@@ -223,9 +216,9 @@ func (b *budget) served() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	limit, now := b.limiter.Limit(), time.Now()
-	if limit == b.full || now.Sub(b.changed) < time.Second {
+	if limit == b.full || now.Sub(b.slowed) < time.Second || now.Sub(b.raised) < time.Second {
 		return
 	}
-	b.changed = now
+	b.raised = now
 	b.limiter.SetLimitAt(now, min(b.full, limit+b.full/steps))
 }

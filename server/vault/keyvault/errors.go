@@ -19,6 +19,8 @@ import (
 var (
 	errClosed = fmt.Errorf("%w: closed", vault.ErrUnavailable)
 	errLink   = fmt.Errorf("%w: the vault's link to the next page cannot be read", vault.ErrUnavailable)
+	// errNoToken: the vault refused a token, or asked for one; another is on its way.
+	errNoToken = fmt.Errorf("%w: the vault refuses every token", vault.ErrRefused)
 	// errBudget: it was not the vault that refused.
 	errBudget = fmt.Errorf("%w: the broker's own share of the vault's requests is used up", vault.ErrThrottled)
 )
@@ -80,6 +82,8 @@ func (v *Vault) outcome(ctx context.Context, c *call, err error) error {
 		return nil
 	case c.refusal != nil:
 		return c.refusal
+	case errors.Is(err, errNoToken):
+		return errNoToken
 	case errors.As(err, &token):
 		return token
 	case errors.As(err, &resp):
@@ -113,8 +117,10 @@ func answered(c *call, resp *azcore.ResponseError) error {
 		return fmt.Errorf("%w: %w", vault.ErrDisabled, e)
 	case e.status == http.StatusUnauthorized, e.status == http.StatusForbidden:
 		return fmt.Errorf("%w: %w", vault.ErrRefused, e)
-	case e.status == http.StatusConflict:
+	case e.status == http.StatusConflict && c.change:
 		return &conflictError{e.inner, e}
+	case e.status == http.StatusConflict:
+		return fmt.Errorf("%w: %w", vault.ErrUnavailable, e)
 	case e.status == http.StatusTooManyRequests:
 		return vault.Throttled(fmt.Errorf("%w: %w", vault.ErrThrottled, e), retryAfter(resp.RawResponse))
 	case e.status == http.StatusBadRequest && c.query.Has(skipParam):
@@ -183,7 +189,7 @@ func retryAfter(resp *http.Response) time.Duration {
 	}
 	at := resp.Header.Get("Retry-After")
 	if seconds, err := strconv.Atoi(at); err == nil {
-		return min(max(time.Duration(seconds)*time.Second, 0), time.Minute)
+		return time.Duration(min(max(seconds, 0), 60)) * time.Second
 	}
 	if t, err := http.ParseTime(at); err == nil {
 		return min(max(time.Until(t), 0), time.Minute)

@@ -76,7 +76,9 @@ func (v *Vault) advice(err error) error {
 		return fmt.Errorf("%s: on a laptop run az login; in CI set AZURE_TENANT_ID, AZURE_CLIENT_ID and AZURE_CLIENT_SECRET; on AKS give the pod a workload identity", token.text)
 	case errors.As(err, &resp) && resp.status == http.StatusForbidden && (resp.inner == "ForbiddenByFirewall" || resp.inner == "ForbiddenByConnection"):
 		return fmt.Errorf("the network rules of vault %s do not let this machine in (%w): az keyvault network-rule add --name %s --ip-address ADDRESS, or a private endpoint", v.name, resp, v.name)
-	case errors.As(err, &resp) && (resp.status == http.StatusForbidden || resp.status == http.StatusUnauthorized):
+	case errors.As(err, &resp) && resp.status == http.StatusUnauthorized:
+		return fmt.Errorf("what answers at %s takes no token of the broker's identity (%w): have the identity be one of the vault's own tenant, or correct the URL if that is no vault", v.url, resp)
+	case errors.As(err, &resp) && resp.status == http.StatusForbidden:
 		return fmt.Errorf(`vault %s refuses the broker's identity (%w): grant it with az role assignment create --role "Key Vault Secrets Officer" --assignee IDENTITY --scope "$(az keyvault show --name %s --query id --output tsv)", which takes some minutes`, v.name, resp, v.name)
 	case errors.As(err, &dns) && dns.IsNotFound:
 		return fmt.Errorf("there is no vault at %s: az keyvault list --query [].properties.vaultUri names those there are", v.url)
@@ -124,6 +126,9 @@ func (v *Vault) probe(ctx context.Context) error {
 		return err
 	})
 	if err == nil || errors.Is(err, vault.ErrNotFound) || errors.Is(err, vault.ErrDisabled) {
+		if !v.tokens.known() {
+			return fmt.Errorf("%w: %w", vault.ErrRefused, &challengeError{"it asks for no token"})
+		}
 		v.warm.Store(true)
 		return nil
 	}

@@ -45,6 +45,7 @@ func (v *Vault) Versions(ctx context.Context, key secret.Key) ([]vault.Propertie
 			if len(all) == 0 {
 				return nil, vault.ErrNotFound // a list of nothing is how a name that is gone may look
 			}
+			v.seenLive(key)
 			return all, nil
 		}
 	}
@@ -121,7 +122,9 @@ func (v *Vault) page(ctx context.Context, op string, class class, skip string, m
 			next = ""
 			return err
 		}
-		next, err = skipOf(*link)
+		if next, err = skipOf(*link); err == nil && next == skip {
+			err = errLink // who follows it never comes to an end
+		}
 		return err
 	})
 	return next, err

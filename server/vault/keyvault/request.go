@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"net/http/httptrace"
 	"net/url"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -53,10 +54,11 @@ func newTransport() *http.Transport {
 func noRedirect(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 
 // quietSDK keeps the SDK's log, which AZURE_SDK_GO_LOGGING turns on, from showing
-// the bodies of errors: a vault may repeat in them what it was sent.
-func quietSDK() {
+// the bodies of errors: a vault may repeat in them what it was sent. Once, since the
+// SDK reads this without a lock.
+var quietSDK = sync.OnceFunc(func() {
 	azlog.SetEvents(azlog.EventRequest, azlog.EventResponse, azidentity.EventAuthentication)
-}
+})
 
 // policyFunc is a step on the way of a request.
 type policyFunc func(*policy.Request) (*http.Response, error)
@@ -83,14 +85,22 @@ func (v *Vault) do(ctx context.Context, c *call, f func(context.Context) error) 
 	if v.closed.Load() {
 		return errClosed
 	}
-	if err := v.ready(ctx); err != nil {
-		return err
+	err := v.once(ctx, c, f)
+	if errors.Is(err, errNoToken) { // the vault said which token it wants, and did nothing
+		err = v.once(ctx, c, f)
 	}
-	err := v.outcome(ctx, c, noPanic(context.WithValue(ctx, callKey{}, c), f))
 	if errors.Is(err, vault.ErrUnavailable) || errors.Is(err, vault.ErrRefused) {
 		v.suspect()
 	}
 	return err
+}
+
+// once makes a call when there is a token for it.
+func (v *Vault) once(ctx context.Context, c *call, f func(context.Context) error) error {
+	if err := v.ready(ctx); err != nil {
+		return err
+	}
+	return v.outcome(ctx, c, noPanic(context.WithValue(ctx, callKey{}, c), f))
 }
 
 // noPanic makes an error of a panic of the SDK: a challenge without a tenant is
@@ -144,6 +154,8 @@ func (v *Vault) transmit(req *policy.Request) (*http.Response, error) {
 	bounded, cancel := context.WithTimeout(ctx, v.cfg.RequestTimeout)
 	defer cancel()
 	bounded = httptrace.WithClientTrace(bounded, &httptrace.ClientTrace{
+		// Asked for again only when nothing was written on the connection before.
+		GetConn: func(string) { c.sent.Store(false) },
 		GotConn: func(httptrace.GotConnInfo) { c.sent.Store(true) },
 	})
 	c.status = 0
@@ -179,10 +191,13 @@ func (v *Vault) readWith(ctx context.Context, op string, class class, query url.
 // or of time.
 func (v *Vault) again(ctx context.Context, ask func() error) error {
 	pauses := vault.NewPauses(readPause, time.Second)
-	for try := 1; ; try++ {
+	for failed := 0; ; {
 		err := ask()
+		if errors.Is(err, vault.ErrUnavailable) {
+			failed++
+		}
 		throttled := errors.Is(err, vault.ErrThrottled) && !errors.Is(err, errBudget)
-		if !throttled && (!errors.Is(err, vault.ErrUnavailable) || try == readTries || v.closed.Load()) {
+		if !throttled && (!errors.Is(err, vault.ErrUnavailable) || failed == readTries || v.closed.Load()) {
 			return err
 		}
 		if !v.pause(ctx, max(pauses.NextBackOff(), vault.RetryAfter(err))) {
@@ -211,7 +226,8 @@ func (v *Vault) change(ctx context.Context, key secret.Key, op string, f func(co
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}
-			return errors.Join(vault.ErrUnavailable, err)
+			// No conflictError: what it means was not found out.
+			return fmt.Errorf("%w: the secret is still being deleted or recovered: %w", vault.ErrUnavailable, conflict.err)
 		}
 	}
 }

@@ -31,8 +31,8 @@ const (
 )
 
 // tokens is a credential that has its token ready. It asks for one in the
-// background, so that nobody who waits in the SDK waits for the token service,
-// and nobody beyond his own deadline.
+// background, so that nobody waits in the SDK for the token service, where he
+// would wait beyond his own deadline: those that need a new token wait in ready.
 type tokens struct {
 	running    context.Context
 	credential func() (azcore.TokenCredential, error)
@@ -41,20 +41,20 @@ type tokens struct {
 
 	mu       sync.Mutex
 	inner    azcore.TokenCredential
-	options  policy.TokenRequestOptions // the vault's challenge; no scope before it
+	options  policy.TokenRequestOptions // the vault's challenge; no scope before it. With the claims that the next token needs
 	token    azcore.AccessToken
 	fetching *fetch
 	lastTry  time.Time
 	lastErr  error
+	rejected time.Time // when the vault last refused a token
 }
 
 var _ azcore.TokenCredential = (*tokens)(nil)
 
 // fetch is a request for a token under way.
 type fetch struct {
-	done  chan struct{}
-	token azcore.AccessToken
-	err   error
+	done chan struct{}
+	err  error
 }
 
 func newTokens(running context.Context, credential func() (azcore.TokenCredential, error), log *slog.Logger) *tokens {
@@ -64,67 +64,77 @@ func newTokens(running context.Context, credential func() (azcore.TokenCredentia
 // wait blocks until no request for a token is under way.
 func (t *tokens) wait() { t.fetches.Wait() }
 
-// GetToken is what the SDK asks. It blocks only when there is no token, and not
-// beyond ctx.
-func (t *tokens) GetToken(ctx context.Context, o policy.TokenRequestOptions) (azcore.AccessToken, error) {
+// GetToken is what the SDK asks. It does not block: without a token it is
+// errNoToken, or why there is none.
+func (t *tokens) GetToken(_ context.Context, o policy.TokenRequestOptions) (azcore.AccessToken, error) {
 	t.mu.Lock()
-	if claims := o.Claims; claims != "" {
-		t.token = azcore.AccessToken{} // the vault wants one with these claims
-	}
+	defer t.mu.Unlock()
 	same := t.options.TenantID == o.TenantID && strings.Join(t.options.Scopes, " ") == strings.Join(o.Scopes, " ")
 	if !same {
 		t.token, t.fetching, t.lastErr = azcore.AccessToken{}, nil, nil
 	}
+	if o.Claims == "" && same {
+		o.Claims = t.options.Claims
+	}
 	t.options = o
-	t.options.Claims = ""
-	t.mu.Unlock()
-	return t.get(ctx, o.Claims)
+	token, f, err := t.current()
+	if f != nil {
+		err = errNoToken
+	}
+	return token, err
+}
+
+// known reports whether the vault said which token it wants.
+func (t *tokens) known() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.options.Scopes) > 0
 }
 
 // ready blocks until there is a token, once it is known which. Before that the
 // first request tells.
 func (t *tokens) ready(ctx context.Context) error {
-	t.mu.Lock()
-	known := len(t.options.Scopes) > 0
-	t.mu.Unlock()
-	if !known {
+	if !t.known() {
 		return nil
 	}
-	_, err := t.get(ctx, "")
-	return err
-}
-
-func (t *tokens) get(ctx context.Context, claims string) (azcore.AccessToken, error) {
 	t.mu.Lock()
-	now := time.Now()
-	valid := now.Before(t.token.ExpiresOn)
-	if valid && !t.renewable(now) {
-		defer t.mu.Unlock()
-		return t.token, nil
-	}
-	f := t.fetching
-	if f == nil {
-		if !valid && t.lastErr != nil && now.Sub(t.lastTry) < retryToken {
-			defer t.mu.Unlock()
-			return azcore.AccessToken{}, t.lastErr
-		}
-		f = &fetch{done: make(chan struct{})}
-		t.fetching, t.lastTry = f, now
-		o := t.options
-		o.Claims = claims
-		t.fetches.Go(func() { t.fetch(f, o) })
-	}
-	token := t.token
+	_, f, err := t.current()
 	t.mu.Unlock()
-	if valid {
-		return token, nil
+	if f == nil {
+		return err
 	}
 	select {
 	case <-f.done:
-		return f.token, f.err
+		return f.err
 	case <-ctx.Done():
-		return azcore.AccessToken{}, ctx.Err()
+		return ctx.Err()
 	}
+}
+
+// current is the token, or else the request for one that is under way, or else
+// why there is neither. It has the token renewed when it is time. t.mu is held.
+func (t *tokens) current() (azcore.AccessToken, *fetch, error) {
+	now := time.Now()
+	if now.Before(t.token.ExpiresOn) {
+		if t.renewable(now) {
+			t.begin(now)
+		}
+		return t.token, nil, nil
+	}
+	if t.fetching == nil {
+		if t.lastErr != nil && now.Sub(t.lastTry) < retryToken {
+			return azcore.AccessToken{}, nil, t.lastErr
+		}
+		t.begin(now)
+	}
+	return azcore.AccessToken{}, t.fetching, nil
+}
+
+// begin asks for a token in the background. t.mu is held.
+func (t *tokens) begin(now time.Time) {
+	f, o := &fetch{done: make(chan struct{})}, t.options
+	t.fetching, t.lastTry = f, now
+	t.fetches.Go(func() { t.fetch(f, o) })
 }
 
 // renewable reports whether the token is to be renewed now.
@@ -142,15 +152,18 @@ func (t *tokens) fetch(f *fetch, o policy.TokenRequestOptions) {
 	t.mu.Lock()
 	inner := t.inner
 	t.mu.Unlock()
-	err := error(nil)
-	if inner == nil {
-		inner, err = t.credential()
-	}
-	if err == nil {
-		f.token, err = inner.GetToken(ctx, o)
-	} else {
-		err = &tokenError{vault.ErrRefused, oneLine(err)}
-	}
+	var token azcore.AccessToken
+	err := noPanic(ctx, func(ctx context.Context) (err error) {
+		if inner == nil {
+			made, err := t.credential()
+			if err != nil { // and made may be a pointer that is nil
+				return &tokenError{vault.ErrRefused, oneLine(err)}
+			}
+			inner = made
+		}
+		token, err = inner.GetToken(ctx, o)
+		return err
+	})
 	if err != nil {
 		f.err = newTokenError(err)
 		if t.running.Err() == nil {
@@ -161,7 +174,10 @@ func (t *tokens) fetch(f *fetch, o policy.TokenRequestOptions) {
 	if t.fetching == f { // nobody asked for another kind meanwhile
 		t.fetching, t.lastErr, t.inner = nil, f.err, inner
 		if f.err == nil {
-			t.token = f.token
+			t.token = token
+			if t.options.Claims == o.Claims {
+				t.options.Claims = ""
+			}
 		}
 	}
 	t.mu.Unlock()
@@ -169,13 +185,19 @@ func (t *tokens) fetch(f *fetch, o policy.TokenRequestOptions) {
 }
 
 // reject drops a token that the vault refused. The credential goes too: it
-// would give the same token again until that expires.
+// would give the same token again until that expires. A vault that refuses one
+// token after the other does not make the broker ask for as many.
 func (t *tokens) reject(bearer string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if bearer == "Bearer "+t.token.Token {
-		t.token, t.inner = azcore.AccessToken{}, nil
+	if bearer != "Bearer "+t.token.Token {
+		return
 	}
+	now := time.Now()
+	if now.Sub(t.rejected) < retryToken {
+		t.lastErr, t.lastTry = &tokenError{vault.ErrRefused, "the vault refuses new tokens"}, now
+	}
+	t.token, t.inner, t.rejected = azcore.AccessToken{}, nil, now
 }
 
 // tokenError is why there is no token: vault.ErrRefused or vault.ErrUnavailable,
@@ -216,7 +238,7 @@ func oneLine(err error) string {
 	const most = 600
 	s := strings.Join(strings.Fields(strings.ReplaceAll(err.Error(), "-----", "")), " ")
 	if len(s) > most {
-		s = fmt.Sprintf("%s… (%d characters)", s[:most], len(s))
+		s = fmt.Sprintf("%s… (%d characters)", strings.ToValidUTF8(s[:most], ""), len(s))
 	}
 	return s
 }

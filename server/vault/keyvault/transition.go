@@ -31,6 +31,7 @@ func (v *Vault) vanish(key secret.Key, d vault.Deleted) {
 			delete(v.gone, k)
 		}
 	}
+	d.Tags = d.Tags.Clone()
 	v.gone[key] = vanished{d, now}
 }
 
@@ -73,6 +74,9 @@ func (v *Vault) Settle(ctx context.Context, key secret.Key) error {
 		})
 		var conflict *conflictError
 		switch {
+		case err == nil:
+			v.seenLive(key)
+			return nil
 		case errors.Is(err, vault.ErrNotFound):
 			// Not live. It may have become visible among the deleted meanwhile.
 			_, err := v.getDeleted(ctx, key)

@@ -188,13 +188,23 @@ func (v *Vault) Set(ctx context.Context, key secret.Key, nv vault.NewVersion) (v
 		params.ContentType = &nv.ContentType
 	}
 	var p vault.Properties
-	err := v.change(ctx, key, "Set", func(ctx context.Context) error {
+	set := func(ctx context.Context) error {
 		resp, err := v.client.SetSecret(ctx, key.String(), params, nil)
 		if err == nil {
 			p, err = properties(key, resp.ID, resp.Attributes, resp.ContentType, resp.Tags)
 		}
 		return err
-	})
+	}
+	var err error
+	if nv.First {
+		// A name that is being recovered must not get it as one more version.
+		err = v.do(ctx, &call{op: "Set", change: true}, set)
+	} else {
+		err = v.change(ctx, key, "Set", set)
+	}
+	if err == nil {
+		v.seenLive(key)
+	}
 	var c *conflictError
 	if errors.As(err, &c) {
 		// Being deleted, or deleted: Settle tells when it can be recovered.
@@ -256,6 +266,9 @@ func (v *Vault) Update(ctx context.Context, key secret.Key, version string, patc
 		}
 		return err
 	})
+	if err == nil {
+		v.seenLive(key)
+	}
 	return orZero(p, absentIfGone(err))
 }
 

@@ -1,10 +1,12 @@
-package main
+package devdir
 
 import (
+	"context"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"errors"
 	"io/fs"
+	"log/slog"
 	"net"
 	"net/url"
 	"path/filepath"
@@ -13,16 +15,18 @@ import (
 	"github.com/exto/secrets-broker/internal/pki"
 )
 
-// Lives of the certificates that broker dev makes.
+// Lives of the certificates.
 const (
 	caLife    = 10 * 365 * 24 * time.Hour
 	leafLife  = 30 * 24 * time.Hour
 	leafRenew = 24 * time.Hour // renewed when less is left
+	// renewEvery is how often KeepRenewed looks.
+	renewEvery = time.Hour
 )
 
-// devLeaves are the certificates besides the CA's: the name of the file, and the
-// path of the SPIFFE ID in the trust domain of dev_policy.yaml.
-var devLeaves = []struct{ name, path string }{
+// leaves are the certificates besides the CA's: the name of the file, and the
+// path of the SPIFFE ID in the trust domain of policy.yaml.
+var leaves = []struct{ name, path string }{
 	{"server", "/broker"},
 	{"console-api", "/console-api"},
 	{"worker", "/worker"},
@@ -33,7 +37,7 @@ var devLeaves = []struct{ name, path string }{
 // ensureCertificates makes the CA and the leaves that are missing, not the CA's,
 // or about to end.
 func ensureCertificates(dir string, now time.Time) error {
-	ca, err := pki.Load(pairFiles(dir, "ca"))
+	ca, err := pki.Load(PairFiles(dir, "ca"))
 	if errors.Is(err, fs.ErrNotExist) {
 		if ca, err = pki.NewCA("broker dev CA", now, caLife); err == nil {
 			err = writePair(dir, "ca", ca)
@@ -44,8 +48,8 @@ func ensureCertificates(dir string, now time.Time) error {
 	}
 	roots := x509.NewCertPool()
 	roots.AddCert(ca.Cert)
-	for _, leaf := range devLeaves {
-		have, err := pki.Load(pairFiles(dir, leaf.name))
+	for _, leaf := range leaves {
+		have, err := pki.Load(PairFiles(dir, leaf.name))
 		if err == nil {
 			_, err = have.Cert.Verify(x509.VerifyOptions{Roots: roots, CurrentTime: now.Add(leafRenew), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}})
 		}
@@ -73,7 +77,25 @@ func ensureCertificates(dir string, now time.Time) error {
 	return nil
 }
 
-func pairFiles(dir, name string) (cert, key string) {
+// KeepRenewed renews the certificates of a folder in use before they end, until
+// ctx does.
+func KeepRenewed(ctx context.Context, dir string, log *slog.Logger) {
+	tick := time.NewTicker(renewEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case now := <-tick.C:
+			if err := ensureCertificates(dir, now); err != nil {
+				log.Error("certificates were not renewed", "error", err)
+			}
+		}
+	}
+}
+
+// PairFiles are where the certificate of that name is, and its private key.
+func PairFiles(dir, name string) (cert, key string) {
 	return filepath.Join(dir, name+".pem"), filepath.Join(dir, name+"-key.pem")
 }
 
@@ -83,9 +105,9 @@ func writePair(dir, name string, pair pki.Pair) error {
 	if err != nil {
 		return err
 	}
-	certFile, keyFile := pairFiles(dir, name)
-	if err := writeFile(keyFile, keyPEM, 0o600); err != nil {
+	certFile, keyFile := PairFiles(dir, name)
+	if err := WriteFile(keyFile, keyPEM, 0o600); err != nil {
 		return err
 	}
-	return writeFile(certFile, pair.CertPEM(), 0o644)
+	return WriteFile(certFile, pair.CertPEM(), 0o644)
 }

@@ -1,0 +1,38 @@
+package main
+
+import (
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// TestImports keeps what is for tests out of the product, and what is the
+// broker's out of its callers.
+func TestImports(t *testing.T) {
+	t.Parallel()
+	const module = "github.com/exto/secrets-broker/"
+	for _, test := range []struct {
+		root, has string
+		never     []string // beginnings of paths
+	}{
+		{module + "cmd/broker", module + "server/vault/keyvault", []string{module + "internal/keyvaultfake"}},
+		{module + "client", module + "gen/exto/secrets/v1", []string{module + "server", "github.com/Azure/", "github.com/AzureAD/"}},
+	} {
+		out, err := exec.Command("go", "list", "-deps", test.root).Output()
+		if err != nil {
+			t.Fatalf("go list -deps %s: %v", test.root, err)
+		}
+		deps := strings.Fields(string(out))
+		if !slices.Contains(deps, test.has) {
+			t.Errorf("%s: got %d packages without %s, want all that it imports", test.root, len(deps), test.has)
+		}
+		for _, dep := range deps {
+			for _, never := range test.never {
+				if strings.HasPrefix(dep, never) {
+					t.Errorf("%s imports %s, by whatever way", test.root, dep)
+				}
+			}
+		}
+	}
+}

@@ -1,0 +1,144 @@
+package keyvault_test
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/exto/secrets-broker/internal/keyvaultfake"
+	"github.com/exto/secrets-broker/secret"
+	"github.com/exto/secrets-broker/server/vault"
+)
+
+// counts are how many requests the vault and the token service got, and how many
+// of those to the vault were without a token.
+func counts(f *keyvaultfake.Fake) (vaults, challenges, tokens int) {
+	for _, r := range f.Journal() {
+		switch {
+		case r.Op == keyvaultfake.OpToken:
+			tokens++
+		case r.Op == keyvaultfake.OpDiscovery:
+		case r.Challenge:
+			challenges++
+			vaults++
+		default:
+			vaults++
+		}
+	}
+	return vaults, challenges, tokens
+}
+
+func TestStartAsksLittle(t *testing.T) {
+	t.Parallel()
+	f, c := start(t, atOnce())
+	v := open(t, config(f, c, f.Broker()))
+	if vaults, challenges, tokens := counts(f); vaults > 3 || challenges != 1 || tokens != 1 {
+		t.Errorf("got %d requests, %d of them without a token, and %d for tokens, want at most 3, 1, 1", vaults, challenges, tokens)
+	}
+	key := newKey(t)
+	f.PersonSet(key.String(), "one", nil)
+	f.ResetJournal()
+	if _, _, err := v.Get(t.Context(), key, ""); err != nil {
+		t.Fatal(err)
+	}
+	if vaults, challenges, tokens := counts(f); vaults != 1 || challenges != 0 || tokens != 0 {
+		t.Errorf("Get: got %d requests, %d of them without a token, and %d for tokens, want 1, 0, 0", vaults, challenges, tokens)
+	}
+}
+
+// TestFirstCallsTogether: the vault was down at the start.
+func TestFirstCallsTogether(t *testing.T) {
+	t.Parallel()
+	f, c := start(t, atOnce())
+	f.SetDown(true)
+	v := wantNotReady(t, config(f, c, f.Broker()))
+	f.SetDown(false)
+	key := newKey(t)
+	f.PersonSet(key.String(), "one", nil)
+	var wg sync.WaitGroup
+	for range 50 {
+		wg.Go(func() {
+			if _, _, err := v.Get(t.Context(), key, ""); err != nil {
+				t.Errorf("Get: got %v, want nil", err)
+			}
+		})
+	}
+	wg.Wait()
+	if _, challenges, tokens := counts(f); challenges != 1 || tokens != 1 {
+		t.Errorf("got %d requests without a token and %d for tokens, want 1 and 1", challenges, tokens)
+	}
+	wantSent(t, f, keyvaultfake.OpGet, 50)
+}
+
+// TestRequestID: the vault's own log shows whose request it was.
+func TestRequestID(t *testing.T) {
+	t.Parallel()
+	const id = "0f8fad5b-d9cb-469f-a165-70867728950e"
+	f, c := start(t, atOnce())
+	v := open(t, config(f, c, f.Broker()))
+	ctx := vault.WithOrigin(t.Context(), vault.Origin{RequestID: id})
+	key := newKey(t)
+	f.ResetJournal()
+	p, err := v.Set(ctx, key, vault.NewVersion{Value: secret.NewValue("one")})
+	errs := []error{err}
+	_, _, err = v.Get(ctx, key, "")
+	errs = append(errs, err)
+	_, err = v.Versions(ctx, key)
+	errs = append(errs, err)
+	_, err = v.Update(ctx, key, p.Version, vault.Patch{Enabled: true})
+	errs = append(errs, err)
+	_, err = v.List(ctx, "", 1)
+	errs = append(errs, err, v.Settle(ctx, key))
+	_, err = v.Delete(ctx, key)
+	errs = append(errs, err)
+	_, err = v.GetDeleted(ctx, key)
+	errs = append(errs, err)
+	_, err = v.ListDeleted(ctx, "", 1)
+	errs = append(errs, err, v.Recover(ctx, key))
+	if err := errors.Join(errs...); err != nil {
+		t.Fatal(err)
+	}
+	ops := map[keyvaultfake.Op]bool{}
+	for _, r := range f.Journal() {
+		ops[r.Op] = true
+		if r.ClientRequestID != id {
+			t.Errorf("%s: got x-ms-client-request-id %q, want %q", r.Op, r.ClientRequestID, id)
+		}
+	}
+	if len(ops) != 9 {
+		t.Errorf("got the operations %v, want all nine", ops)
+	}
+}
+
+// TestSpentBudget: nothing is sent, no effect begins, and the caller hears it in
+// time.
+func TestSpentBudget(t *testing.T) {
+	t.Parallel()
+	eachWrite(t, func(t *testing.T, w write) {
+		f, c := start(t, atOnce())
+		cfg := config(f, c, f.Broker())
+		cfg.WritesPerSecond = 0.01
+		v := open(t, cfg)
+		if err := v.Settle(t.Context(), newKey(t)); !errors.Is(err, vault.ErrNotFound) { // takes the one that there is
+			t.Fatal(err)
+		}
+		key, version := w.prepare(t, f)
+		ctx, effects := counted(t.Context())
+		ctx, cancel := context.WithTimeout(ctx, 200*time.Millisecond)
+		defer cancel()
+		err := w.do(ctx, v, key, version)
+		wantError(t, string(w.op), err, vault.ErrThrottled)
+		wantSent(t, f, w.op, 0)
+		if got := effects.Load(); got != 0 {
+			t.Errorf("got %d calls of Effect, want none", got)
+		}
+		if ctx.Err() != nil {
+			t.Error("it came after the deadline")
+		}
+		if _, _, err := v.Get(t.Context(), key, ""); err != nil && w.op != keyvaultfake.OpRecover {
+			t.Errorf("Get: got %v, want nil: reads have a budget of their own", err)
+		}
+	})
+}
