@@ -62,6 +62,13 @@ func (op *operation) begin() error {
 // changes the vault. It runs again when the secret changed under it before that.
 func do[R any](b *Broker, ctx context.Context, op *operation, work func(context.Context) (R, error)) (R, error) {
 	var none R
+	// The caller hears what became of it a little before its deadline: its own gRPC
+	// knows nothing of that.
+	if until, ok := vault.Until(ctx); ok {
+		var end context.CancelFunc
+		ctx, end = context.WithDeadline(ctx, until)
+		defer end()
+	}
 	b.mu.Lock()
 	if b.closing {
 		b.mu.Unlock()

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/url"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore"
@@ -115,6 +116,9 @@ func answered(c *call, resp *azcore.ResponseError) error {
 		return fmt.Errorf("%w: %w", vault.ErrNotFound, e)
 	case e.status == http.StatusForbidden && e.inner == innerDisabled:
 		return fmt.Errorf("%w: %w", vault.ErrDisabled, e)
+	case e.status == http.StatusForbidden && c.change && !isPermission(e.inner):
+		// A vault that takes no writes now: read-only after a failover of its region.
+		return fmt.Errorf("%w: it takes no writes now: %w", vault.ErrUnavailable, e)
 	case e.status == http.StatusUnauthorized, e.status == http.StatusForbidden:
 		return fmt.Errorf("%w: %w", vault.ErrRefused, e)
 	case e.status == http.StatusConflict && c.change:
@@ -135,6 +139,13 @@ func answered(c *call, resp *azcore.ResponseError) error {
 		return fmt.Errorf("%w: a redirect: %w", vault.ErrUnavailable, e)
 	}
 	return e
+}
+
+// isPermission reports whether the inner code of a 403 is about who asks:
+// ForbiddenByRbac, ForbiddenByPolicy, ForbiddenByFirewall, AccessDenied; or there is
+// none. What a read-only vault says is documented nowhere, so it is not looked for.
+func isPermission(inner string) bool {
+	return inner == "" || strings.HasPrefix(inner, "Forbidden") || strings.HasPrefix(inner, "AccessDenied")
 }
 
 // innerCode is error.innererror.code of an answer, which azcore does not read.

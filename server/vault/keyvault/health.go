@@ -14,7 +14,8 @@ import (
 const (
 	// probed is a name that no secret of the broker's has: the vault says 404 to
 	// whom it lets read, and 403 to whom it does not.
-	probed = "exto-broker-probe"
+	probed  = "exto-broker-probe"
+	probeOp = "Probe"
 	// beginTimeout bounds what a start waits for the vault.
 	beginTimeout = 10 * time.Second
 	probeTimeout = 3 * time.Second
@@ -121,7 +122,7 @@ type probeKey struct{}
 // probe asks the vault for what is not there.
 func (v *Vault) probe(ctx context.Context) error {
 	ctx = context.WithValue(ctx, probeKey{}, true)
-	err := v.do(ctx, &call{op: "Probe"}, func(ctx context.Context) error {
+	err := v.do(ctx, &call{op: probeOp}, func(ctx context.Context) error {
 		_, err := v.client.GetSecret(ctx, probed, "", nil)
 		return err
 	})
@@ -176,7 +177,7 @@ func (v *Vault) watch() {
 		if v.running.Err() != nil {
 			return
 		}
-		if errors.Is(err, errBudget) {
+		if errors.Is(err, vault.ErrThrottled) {
 			continue // busy, not broken
 		}
 		before := v.state.Swap(&condition{err}).err

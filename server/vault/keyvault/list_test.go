@@ -141,20 +141,41 @@ func TestForgedSkip(t *testing.T) {
 	for n := range 60 {
 		f.PersonSet(fmt.Sprintf("instance-%02d", n), "x", nil)
 	}
-	for _, skip := range []string{
-		"https://elsewhere.example/", "https://elsewhere.example/?$skiptoken=x", "//elsewhere.example", "../deletedsecrets",
-		"garbage", "x&api-version=0", "x#y", "x?y", "@elsewhere.example", "elsewhere.example:443", " ", "%2e%2e", "\x00", "\r\nHost: elsewhere.example", "ä",
-		strings.Repeat("A", 5000), strings.Repeat("A", 4000), base64.RawURLEncoding.EncodeToString([]byte(`{"last":1}`)),
+	for _, tt := range []struct {
+		skip  string
+		asked bool // the vault is to judge it
+	}{
+		{"https://elsewhere.example/", false},
+		{"https://elsewhere.example/?$skiptoken=x", false},
+		{"//elsewhere.example", true},
+		{"../deletedsecrets", true},
+		{"garbage", true},
+		{"x&api-version=0", false},
+		{"x#y", false},
+		{"x?y", false},
+		{"@elsewhere.example", false},
+		{"elsewhere.example:443", false},
+		{" ", false},
+		{"%2e%2e", false},
+		{"\x00", false},
+		{"\r\nHost: elsewhere.example", false},
+		{"ä", false},
+		{strings.Repeat("A", 5000), false},
+		{strings.Repeat("A", 4000), true},
+		{base64.RawURLEncoding.EncodeToString([]byte(`{"last":1}`)), true},
 	} {
 		for name, list := range map[string]func(context.Context, string, int) (vault.Page, error){"List": v.List, "ListDeleted": v.ListDeleted} {
 			f.ResetJournal()
-			page, err := list(t.Context(), skip, 10)
-			wantError(t, fmt.Sprintf("%s with skip %.40q", name, skip), err, vault.ErrSkip)
+			page, err := list(t.Context(), tt.skip, 10)
+			wantError(t, fmt.Sprintf("%s with skip %.40q", name, tt.skip), err, vault.ErrSkip)
 			if len(page.Live)+len(page.Deleted) > 0 || page.Next != "" {
 				t.Errorf("got %v beside the error, want nothing", page)
 			}
+			if got := len(sent(f, keyvaultfake.OpList)) + len(sent(f, keyvaultfake.OpListDeleted)); (got > 0) != tt.asked {
+				t.Errorf("%s with skip %.40q: got %d requests, want some: %v", name, tt.skip, got, tt.asked)
+			}
 			for _, r := range f.Journal() {
-				if r.Op != keyvaultfake.OpList && r.Op != keyvaultfake.OpListDeleted || r.Query.Get("api-version") == "0" || r.Query.Get("$skiptoken") != skip {
+				if r.Op != keyvaultfake.OpList && r.Op != keyvaultfake.OpListDeleted || r.Query.Get("api-version") == "0" || r.Query.Get("$skiptoken") != tt.skip {
 					t.Errorf("got the request %s %s?%s, want the list alone", r.Method, r.Path, r.Query.Encode())
 				}
 			}

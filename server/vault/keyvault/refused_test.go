@@ -199,6 +199,10 @@ func TestBlocked(t *testing.T) {
 			if err := other.Check(t.Context()); err == nil {
 				t.Error("Check: got nil, want an error")
 			}
+			first, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+			defer cancel()
+			_, _, err = other.Get(first, newKey(t), "")
+			wantError(t, "the first Get", err, context.DeadlineExceeded)
 		})
 	}
 }

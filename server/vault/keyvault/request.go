@@ -142,7 +142,7 @@ func (v *Vault) transmit(req *policy.Request) (*http.Response, error) {
 	if c.refusal = budget.take(ctx, c.class, origin.Caller); c.refusal != nil {
 		return nil, c.refusal
 	}
-	if c.change && c.op != "Settle" {
+	if c.change && c.op != settleOp {
 		if c.refusal = vault.BeginEffect(ctx); c.refusal != nil {
 			return nil, c.refusal
 		}
@@ -151,7 +151,11 @@ func (v *Vault) transmit(req *policy.Request) (*http.Response, error) {
 		req.Raw().Header.Set("x-ms-client-request-id", origin.RequestID)
 	}
 	bearer := req.Raw().Header.Get("Authorization")
-	bounded, cancel := context.WithTimeout(ctx, v.cfg.RequestTimeout)
+	timeout := v.cfg.RequestTimeout
+	if c.op == probeOp { // so that nothing hangs on to a connection that is dead
+		timeout = min(timeout, probeTimeout)
+	}
+	bounded, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	bounded = httptrace.WithClientTrace(bounded, &httptrace.ClientTrace{
 		// Asked for again only when nothing was written on the connection before.
@@ -197,7 +201,8 @@ func (v *Vault) again(ctx context.Context, ask func() error) error {
 			failed++
 		}
 		throttled := errors.Is(err, vault.ErrThrottled) && !errors.Is(err, errBudget)
-		if !throttled && (!errors.Is(err, vault.ErrUnavailable) || failed == readTries || v.closed.Load()) {
+		var token *tokenError // which has its own tries
+		if !throttled && (errors.As(err, &token) || !errors.Is(err, vault.ErrUnavailable) || failed == readTries || v.closed.Load()) {
 			return err
 		}
 		if !v.pause(ctx, max(pauses.NextBackOff(), vault.RetryAfter(err))) {
@@ -209,7 +214,7 @@ func (v *Vault) again(ctx context.Context, ask func() error) error {
 // change makes a call that changes something, once. Only what the vault refused
 // because the name is in a state between is sent again, when that is over.
 func (v *Vault) change(ctx context.Context, key secret.Key, op string, f func(context.Context) error) error {
-	pauses := vault.NewPauses(firstPause, longestPause)
+	waiting := v.newTransition()
 	for {
 		err := v.do(ctx, &call{op: op, change: true}, f)
 		var conflict *conflictError
@@ -222,7 +227,7 @@ func (v *Vault) change(ctx context.Context, key secret.Key, op string, f func(co
 				return &conflictError{inner: innerBeingDeleted, err: err}
 			}
 		}
-		if !v.pause(ctx, pauses.NextBackOff()) {
+		if !waiting.pause(ctx) {
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}

@@ -142,3 +142,28 @@ func TestSpentBudget(t *testing.T) {
 		}
 	})
 }
+
+// TestThrottledSlowsDown reads or writes, whichever the vault refused.
+func TestThrottledSlowsDown(t *testing.T) {
+	t.Parallel()
+	f, c := start(t, atOnce())
+	v := open(t, config(f, c, f.Broker()))
+	wantRates := func(reads, writes float64) {
+		t.Helper()
+		if r, w := v.Rates(); r != reads || w != writes {
+			t.Errorf("got %v reads and %v writes a second, want %v and %v", r, w, reads, writes)
+		}
+	}
+	wantRates(100_000, 100_000)
+	key := newKey(t)
+	on(f, keyvaultfake.OpSet, 1, keyvaultfake.Fault{Status: 429})
+	_, err := v.Set(t.Context(), key, vault.NewVersion{Value: secret.NewValue("x")})
+	wantError(t, "Set", err, vault.ErrThrottled)
+	wantRates(100_000, 50_000)
+	on(f, keyvaultfake.OpGet, 1, keyvaultfake.Fault{Status: 429, RetryAfter: time.Minute})
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second) // less than it would have to wait
+	defer cancel()
+	_, _, err = v.Get(ctx, key, "")
+	wantError(t, "Get", err, vault.ErrThrottled)
+	wantRates(50_000, 50_000)
+}

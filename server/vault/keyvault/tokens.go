@@ -20,14 +20,17 @@ import (
 const (
 	// tokenTimeout bounds one request for a token. Alone, the managed identity's
 	// credential would go on for over a minute.
-	tokenTimeout = 30 * time.Second
+	tokenTimeout = 10 * time.Second
 	// refreshAhead is when a token is renewed before its end, unless the token
 	// service names a time. The SDK's own cache gives the old one until then.
 	refreshAhead = 5 * time.Minute
 	// retryToken is the least time between two requests for a token: of those that
 	// are needed, and of renewals.
-	retryToken   = 500 * time.Millisecond
-	retryRefresh = 30 * time.Second
+	retryToken = 500 * time.Millisecond
+	// waitAfterError is how long a caller waits for a token when the last try to get
+	// one failed.
+	waitAfterError = time.Second
+	retryRefresh   = 30 * time.Second
 )
 
 // tokens is a credential that has its token ready. It asks for one in the
@@ -92,20 +95,29 @@ func (t *tokens) known() bool {
 }
 
 // ready blocks until there is a token, once it is known which. Before that the
-// first request tells.
+// first request tells. While the token service is out it blocks for a second.
 func (t *tokens) ready(ctx context.Context) error {
 	if !t.known() {
 		return nil
 	}
 	t.mu.Lock()
 	_, f, err := t.current()
+	last := t.lastErr
 	t.mu.Unlock()
 	if f == nil {
 		return err
 	}
+	var enough <-chan time.Time
+	if last != nil { // the try before failed: who waits long for the next one?
+		timer := time.NewTimer(waitAfterError)
+		defer timer.Stop()
+		enough = timer.C
+	}
 	select {
 	case <-f.done:
 		return f.err
+	case <-enough:
+		return last
 	case <-ctx.Done():
 		return ctx.Err()
 	}
@@ -210,6 +222,10 @@ type tokenError struct {
 func (e *tokenError) Error() string { return e.kind.Error() + ": " + e.text }
 func (e *tokenError) Unwrap() error { return e.kind }
 
+// wrongTenant is how azidentity says that it does not ask at all, in the one error
+// without an answer for which waiting does not help.
+const wrongTenant = "isn't configured to acquire tokens for tenant"
+
 // newTokenError tells a token service that cannot be reached from one that
 // refuses the credential, and both from there being no credential.
 func newTokenError(err error) error {
@@ -219,6 +235,8 @@ func newTokenError(err error) error {
 	}
 	var failed *azidentity.AuthenticationFailedError
 	switch {
+	case errors.As(err, &failed) && strings.Contains(err.Error(), wrongTenant):
+		return &tokenError{vault.ErrRefused, "AZURE_TENANT_ID is not the tenant of the vault: " + oneLine(err)}
 	case errors.As(err, &failed) && failed.RawResponse == nil,
 		errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
 		return &tokenError{vault.ErrUnavailable, oneLine(err)}

@@ -284,6 +284,9 @@ func TestClaims(t *testing.T) {
 		synctest.Wait()
 		time.Sleep(retryToken)
 		s.give("two", time.Hour)
+		if _, err := ts.GetToken(t.Context(), wanted); !errors.Is(err, errNoToken) { // somebody else, who knows nothing of it
+			t.Fatalf("got %v, want errNoToken", err)
+		}
 		if err := ts.ready(t.Context()); err != nil {
 			t.Fatal(err)
 		}

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/Azure/azure-sdk-for-go/sdk/security/keyvault/azsecrets"
+	"github.com/cenkalti/backoff/v5"
 
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server/vault"
@@ -61,13 +62,34 @@ func (v *Vault) isGone(ctx context.Context, key secret.Key) (bool, error) {
 	return err == nil, err
 }
 
+const settleOp = "Settle"
+
+// transition is the wait for the end of a state between. Azure promises no time for
+// it; 10 to 60 s were seen, and nobody waits longer than mostTransition.
+type transition struct {
+	v      *Vault
+	until  time.Time
+	pauses *backoff.ExponentialBackOff
+}
+
+const mostTransition = 5 * time.Minute
+
+func (v *Vault) newTransition() *transition {
+	return &transition{v, v.cfg.Now().Add(mostTransition), vault.NewPauses(firstPause, longestPause)}
+}
+
+// pause lets time pass before the next look. False when it has taken too long.
+func (t *transition) pause(ctx context.Context) bool {
+	return t.v.cfg.Now().Before(t.until) && t.v.pause(ctx, t.pauses.NextBackOff())
+}
+
 // Settle asks with a PATCH that changes nothing: only what changes something is
 // told by the vault that a name is being deleted or recovered.
 func (v *Vault) Settle(ctx context.Context, key secret.Key) error {
-	pauses := vault.NewPauses(firstPause, longestPause)
+	waiting := v.newTransition()
 	for {
 		err := v.again(ctx, func() error {
-			return v.do(ctx, &call{op: "Settle", change: true}, func(ctx context.Context) error {
+			return v.do(ctx, &call{op: settleOp, change: true}, func(ctx context.Context) error {
 				_, err := v.client.UpdateSecretProperties(ctx, key.String(), "", azsecrets.UpdateSecretPropertiesParameters{}, nil)
 				return err
 			})
@@ -90,7 +112,7 @@ func (v *Vault) Settle(ctx context.Context, key secret.Key) error {
 		if _, err := v.getDeleted(ctx, key); err == nil {
 			return nil
 		}
-		if !v.pause(ctx, pauses.NextBackOff()) {
+		if !waiting.pause(ctx) {
 			return v.impatient(ctx, err)
 		}
 	}
@@ -99,7 +121,7 @@ func (v *Vault) Settle(ctx context.Context, key secret.Key) error {
 // Recover asks for the name back, when it is in no state between, and waits until
 // the vault gives it again.
 func (v *Vault) Recover(ctx context.Context, key secret.Key) error {
-	pauses := vault.NewPauses(firstPause, longestPause)
+	waiting := v.newTransition()
 	for {
 		err := v.do(ctx, &call{op: "Recover", change: true}, func(ctx context.Context) error {
 			_, err := v.client.RecoverDeletedSecret(ctx, key.String(), nil)
@@ -122,7 +144,7 @@ func (v *Vault) Recover(ctx context.Context, key secret.Key) error {
 		case conflict == nil:
 			return err
 		}
-		if !v.pause(ctx, pauses.NextBackOff()) {
+		if !waiting.pause(ctx) {
 			return v.impatient(ctx, err)
 		}
 	}
@@ -131,7 +153,7 @@ func (v *Vault) Recover(ctx context.Context, key secret.Key) error {
 // usable waits until a recovered name is found again. What changes it waits for
 // the rest itself.
 func (v *Vault) usable(ctx context.Context, key secret.Key) error {
-	pauses := vault.NewPauses(firstPause, longestPause)
+	waiting := v.newTransition()
 	for {
 		live, err := v.isLive(ctx, key)
 		if live {
@@ -140,7 +162,7 @@ func (v *Vault) usable(ctx context.Context, key secret.Key) error {
 		if err != nil && !errors.Is(err, vault.ErrUnavailable) && !errors.Is(err, vault.ErrThrottled) {
 			return vault.Uncertain(err)
 		}
-		if !v.pause(ctx, pauses.NextBackOff()) {
+		if !waiting.pause(ctx) {
 			return vault.Uncertain(v.impatient(ctx, err))
 		}
 	}

@@ -124,7 +124,12 @@ func Open(ctx context.Context, cfg Config) (*Vault, error) {
 		cfg.Transport = newTransport()
 	}
 	if cfg.Credential == nil {
-		cfg.Credential = func() (azcore.TokenCredential, error) { return azidentity.NewDefaultAzureCredential(nil) }
+		cfg.Credential = func() (azcore.TokenCredential, error) {
+			// Few retries: who waits for the token is told, and the next one asks again.
+			return azidentity.NewDefaultAzureCredential(&azidentity.DefaultAzureCredentialOptions{
+				ClientOptions: azcore.ClientOptions{Retry: policy.RetryOptions{MaxRetries: 1}},
+			})
+		}
 	}
 	v := &Vault{
 		cfg:    cfg,
