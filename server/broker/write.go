@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"runtime/debug"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -132,23 +131,7 @@ func do[R any](b *Broker, ctx context.Context, op *operation, work func(context.
 			b.writes.Done()
 			ended <- o
 		}()
-		o.result, o.err = work(workCtx)
-		pauses := vault.NewPauses(movedPause, longestPause)
-		for tries := 1; moved(o.err) && (tries < mostTries || errors.Is(o.err, vault.ErrDeleted)); tries++ {
-			if errors.Is(o.err, vault.ErrDeleted) {
-				op.depth = whole
-				err := b.vault.Settle(workCtx, op.key)
-				if err != nil && !errors.Is(err, vault.ErrNotFound) {
-					o.err = err
-					break
-				}
-				// Absent, and yet the name is taken: it is being purged.
-				if err != nil && !b.pause(workCtx, op, pauses.NextBackOff()) {
-					break
-				}
-			}
-			o.result, o.err = work(workCtx)
-		}
+		o.result, o.err = untilSettled(b, workCtx, op, work)
 	}()
 
 	select {
@@ -178,6 +161,37 @@ const (
 	firstPause   = 200 * time.Millisecond
 	longestPause = 15 * time.Second
 )
+
+// untilSettled does the work, again where the secret was moved under it: to be
+// judged by the state that it is in now.
+func untilSettled[R any](b *Broker, ctx context.Context, op *operation, work func(context.Context) (R, error)) (R, error) {
+	pauses := vault.NewPauses(movedPause, longestPause)
+	for tries := 1; ; tries++ {
+		result, err := work(ctx)
+		switch {
+		case !moved(err):
+			return result, err
+		case !errors.Is(err, vault.ErrDeleted):
+			if tries == mostTries {
+				return result, err
+			}
+			continue
+		}
+		op.depth = whole
+		settled := b.vault.Settle(ctx, op.key)
+		if settled != nil && !errors.Is(settled, vault.ErrNotFound) {
+			if vault.IsUncertain(err) {
+				settled = vault.Uncertain(settled)
+			}
+			return result, settled
+		}
+		// Absent, and yet the name is taken: it is being purged. Or the vault says now
+		// this and now that.
+		if (settled != nil || tries >= mostTries) && !b.pause(ctx, op, pauses.NextBackOff()) {
+			return result, err
+		}
+	}
+}
 
 // moved reports whether a write found the secret in another state than the one
 // that it was judged by, and did nothing; or nothing that would be there now, where
@@ -210,54 +224,6 @@ func (b *Broker) pause(ctx context.Context, op *operation, d time.Duration) bool
 		ctx = carried(ctx)
 	}
 	return vault.Pause(ctx, b.wait, d)
-}
-
-// carried is ctx for what goes on when the caller's patience is at its end.
-func carried(ctx context.Context) context.Context {
-	o := vault.OriginOf(ctx)
-	o.Patience = time.Time{}
-	return vault.WithOrigin(ctx, o)
-}
-
-// settle makes a vault write until its outcome is known. After one of unknown
-// outcome landed tells whether it is there; if not, it is made again, by the
-// context's end. What the vault refuses for a time is made again as long as the
-// caller waits.
-func (b *Broker) settle(ctx context.Context, op *operation, write func(context.Context) error, landed func(context.Context) (bool, error)) error {
-	pauses := vault.NewPauses(firstPause, longestPause)
-	var doubt error
-	for {
-		err := write(ctx)
-		again := vault.IsUncertain(err)
-		switch {
-		case err == nil:
-			return nil
-		case again:
-			doubt = err
-			ctx = carried(ctx)
-		case errors.Is(err, vault.ErrThrottled) && op.phase.Load() == started:
-			again = true
-		case doubt == nil:
-			return err
-		}
-		there, lookErr := landed(ctx)
-		for lookErr != nil && doubt != nil && vault.Pause(ctx, b.wait, max(pauses.NextBackOff(), vault.RetryAfter(lookErr))) {
-			there, lookErr = landed(ctx)
-		}
-		switch {
-		case there:
-			return nil
-		case lookErr != nil && doubt != nil:
-			return doubt
-		case !again: // refused now, after one that may have been done
-			return vault.Uncertain(err)
-		case !vault.Pause(ctx, b.wait, max(pauses.NextBackOff(), vault.RetryAfter(err))):
-			if doubt != nil {
-				return doubt
-			}
-			return err
-		}
-	}
 }
 
 // shutdownError keeps the commit state of a write that shutdown cut off.
@@ -330,196 +296,6 @@ func (s *snapshot) history(base version) []done {
 	}
 	h := append(s.current.history(s.current.Version), base.history(base.Version)...)
 	return h[:min(len(h), remembered+1)]
-}
-
-// store writes a new version on top of s: that of a put or a rotate. previous
-// and its grace are set by a rotate that replaces something.
-func (b *Broker) store(ctx context.Context, op *operation, s *snapshot, base version, value secret.Value, r record) (*snapshot, error) {
-	over := s.state == Deleted
-	// Deleted by somebody else: once recovered it is live, and nothing but the
-	// broker's memory keeps it from being read.
-	recovered := over && !s.current.marked()
-	if over && !s.live {
-		if recovered {
-			b.hide(s)
-		}
-		if err := b.bringBack(ctx, op); err != nil {
-			if !vault.IsUncertain(err) {
-				b.unhide(op.key)
-			}
-			return nil, err
-		}
-		var err error
-		if base, err = b.afterRecover(ctx, s); err != nil {
-			return nil, b.deleteAgain(ctx, op, recovered, err)
-		}
-	}
-
-	taken := max(base.generation, b.highestOf(op.key, op.id, s.state == Absent))
-	r.generation, r.createdBy = taken+1, op.Caller
-	r.epoch, r.auditID = b.epoch.Load(), op.AuditID
-	if again := op.again; again != nil {
-		if again.generation > taken && again.epoch == r.epoch {
-			r.generation = again.generation // nothing came since: it is one write, sent twice
-		} else {
-			r.generation = max(taken, again.generation) + 1
-			r.epoch = b.epoch.Add(1) // so that the one sent before is a late one
-		}
-	}
-	r.made = done{letter: op.letter, id: op.id}
-	r.others = s.history(base)
-	r.others = r.others[:min(len(r.others), remembered)]
-	r.first = base.first
-	if over {
-		r.first = r.generation
-	}
-	after, err := b.set(ctx, op, s, value, r)
-	switch {
-	case vault.IsUncertain(err):
-		op.again = &pendingWrite{letter: op.letter, id: op.id, value: value, epoch: r.epoch, generation: r.generation}
-		b.pend(op.key, *op.again)
-		return nil, err
-	case err != nil:
-		return nil, b.deleteAgain(ctx, op, recovered, err)
-	}
-	if s.state == Absent {
-		b.forget(op.key)
-	}
-	b.see(op.key, after)
-	b.unhide(op.key)
-	if s.late != nil {
-		if err := b.disable(ctx, op, *s.late); err != nil {
-			// It is covered by what was written, and from before the delete: not served.
-			b.log.Warn("a late version is not disabled", "key", op.key.String(), "audit_id", op.AuditID, "version", s.late.Version, "error", err)
-		}
-	}
-	return &snapshot{key: op.key, state: Active, live: true, current: after}, nil
-}
-
-// set makes one new version of what r says.
-func (b *Broker) set(ctx context.Context, op *operation, s *snapshot, value secret.Value, r record) (version, error) {
-	v := vault.NewVersion{First: s.state == Absent, Value: value, ContentType: s.current.ContentType, Tags: b.encode(r, s)}
-	var props vault.Properties
-	err := b.settle(ctx, op, func(ctx context.Context) (err error) {
-		props, err = b.vault.Set(ctx, op.key, v)
-		return err
-	}, func(ctx context.Context) (there bool, err error) {
-		props, there, err = b.landed(ctx, s, r)
-		return there, err
-	})
-	return newVersion(props), err
-}
-
-// bringBack recovers a deleted name in the vault.
-func (b *Broker) bringBack(ctx context.Context, op *operation) error {
-	return b.settle(ctx, op, func(ctx context.Context) error {
-		return b.vault.Recover(ctx, op.key)
-	}, func(ctx context.Context) (bool, error) {
-		_, _, err := b.vault.Get(ctx, op.key, "")
-		if errors.Is(err, vault.ErrNotFound) {
-			return false, nil
-		}
-		if errors.Is(err, vault.ErrDisabled) {
-			return true, nil
-		}
-		return err == nil, err
-	})
-}
-
-// afterRecover looks at what has come back with a name: what the vault showed of it
-// while it was deleted was its newest version, which may be a late one. It gives
-// the version that the next write counts on.
-func (b *Broker) afterRecover(ctx context.Context, s *snapshot) (version, error) {
-	s.live, s.listed = true, nil
-	if err := b.listVersions(ctx, s); err != nil {
-		return version{}, err
-	}
-	if greatest := s.greatest(); s.current.generation > 0 && greatest.later(s.current.record) {
-		s.putBehind(greatest)
-	}
-	return b.base(ctx, s)
-}
-
-// deleteAgain undoes the recover of a secret that somebody else had deleted,
-// when the put over it failed. Should that fail too, the version stays hidden
-// until the next write of the secret.
-func (b *Broker) deleteAgain(ctx context.Context, op *operation, recovered bool, cause error) error {
-	if !recovered {
-		return cause
-	}
-	_, err := b.vault.Delete(ctx, op.key)
-	switch {
-	case errors.Is(err, vault.ErrNotFound) && vault.IsUncertain(cause):
-		return cause // the recover may yet arrive
-	case err != nil && !errors.Is(err, vault.ErrNotFound):
-		b.log.Error("a deleted secret is live in the vault after a failed put over it; the broker does not serve it, but who reads the vault directly can: put or delete it again",
-			"key", op.key.String(), "audit_id", op.AuditID, "error", err)
-		return cause
-	}
-	b.unhide(op.key)
-	return cause
-}
-
-// landed looks whether the version that r was sent for is there. It is the newest,
-// or there is none newer than the one that it was to replace, or the list tells.
-func (b *Broker) landed(ctx context.Context, s *snapshot, r record) (vault.Properties, bool, error) {
-	same := func(p vault.Properties) bool {
-		found := newVersion(p).record
-		return found.made == r.made && found.epoch == r.epoch
-	}
-	newest, _, err := b.vault.Get(ctx, s.key, "")
-	switch {
-	case err == nil && same(newest):
-		return newest, true, nil
-	case err == nil && newest.Version == s.current.Version, errors.Is(err, vault.ErrNotFound):
-		return vault.Properties{}, false, nil
-	case err != nil && !errors.Is(err, vault.ErrDisabled):
-		return vault.Properties{}, false, err
-	}
-	all, err := b.vault.Versions(ctx, s.key)
-	if errors.Is(err, vault.ErrNotFound) {
-		return vault.Properties{}, false, nil
-	}
-	at := slices.IndexFunc(all, same)
-	if err != nil || at < 0 {
-		return vault.Properties{}, false, err
-	}
-	return all[at], true, nil
-}
-
-// encode writes r into tags, beside those that others put on the current version.
-func (b *Broker) encode(r record, s *snapshot) vault.Tags {
-	tags, dropped := r.tags(s.key, s.current.Tags)
-	if len(dropped) > 0 {
-		b.log.Warn("tags of others were not carried over: a version bears at most 15", "key", s.key.String(), "tags", dropped)
-	}
-	return tags
-}
-
-// redo gives the result of a put or rotate that was done already: the metadata
-// of its version as it stands now.
-func (b *Broker) redo(ctx context.Context, s *snapshot, d done, value secret.Value) (version, error) {
-	v, ok, err := b.find(ctx, s, d.version)
-	if err != nil {
-		return version{}, withCommit(vaultError(ctx, s.key, err), secret.Applied)
-	}
-	if !ok {
-		// Of a deleted secret the vault shows the newest version alone.
-		v.Key, v.Version = s.key, d.version
-	}
-	if value.IsEmpty() || s.state == Deleted || !v.Enabled {
-		return v, nil // there is nothing to compare, or the vault no longer gives it
-	}
-	stored := s.value
-	if v.Version != s.current.Version {
-		if _, stored, err = b.vault.Get(ctx, s.key, v.Version); err != nil {
-			return version{}, withCommit(vaultError(ctx, s.key, err), secret.Applied)
-		}
-	}
-	if !stored.Equal(value) {
-		return version{}, errRequestIDReused(s.key)
-	}
-	return v, nil
 }
 
 // matches judges must_match_version against the current version. A write that was

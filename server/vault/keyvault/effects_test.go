@@ -240,6 +240,23 @@ func TestWriteThatIsRefusedIsCertain(t *testing.T) {
 	}
 }
 
+// TestReadOnly: during a failover of its region a vault takes no writes, from
+// anybody. That is an outage, and no matter of rights.
+func TestReadOnly(t *testing.T) {
+	t.Parallel()
+	f, c := start(t, atOnce())
+	f.SetReadOnly(true)
+	eachWrite(t, func(t *testing.T, w write) {
+		v := open(t, config(f, c, f.Broker()))
+		key, version := w.prepare(t, f)
+		wantError(t, string(w.op), w.do(t.Context(), v, key, version), vault.ErrUnavailable)
+		wantSent(t, f, w.op, 1)
+		if _, _, err := v.Get(t.Context(), key, ""); err != nil && w.op != keyvaultfake.OpRecover {
+			t.Errorf("Get: got %v, want nil", err)
+		}
+	})
+}
+
 // TestWriteThatIsNotSentIsCertain: nothing gets to the vault, for several reasons.
 func TestWriteThatIsNotSentIsCertain(t *testing.T) {
 	t.Parallel()

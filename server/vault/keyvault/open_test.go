@@ -321,3 +321,39 @@ func TestDownAndUpAgain(t *testing.T) {
 		t.Errorf("Check: got %v, want nil", err)
 	}
 }
+
+// TestThrottledIsNotDown: a vault that takes no more requests now is busy, and the
+// broker stays ready.
+func TestThrottledIsNotDown(t *testing.T) {
+	t.Parallel()
+	f, c := start(t, atOnce())
+	cfg := config(f, c, f.Broker())
+	log := newHeard()
+	cfg.Logger = log.logger()
+	v := open(t, cfg)
+	probes := make(chan struct{})
+	f.OnRequest(func(r *keyvaultfake.Request) keyvaultfake.Fault {
+		switch {
+		case r.Op == keyvaultfake.OpSet:
+			return keyvaultfake.Fault{Status: 503}
+		case r.Name == keyvault.Probed:
+			probes <- struct{}{}
+			return keyvaultfake.Fault{Status: 429}
+		}
+		return keyvaultfake.Fault{}
+	})
+	for range 2 { // the second probe is sent when the first one has been judged
+		err := writes[0].do(t.Context(), v, newKey(t), "")
+		if !errors.Is(err, vault.ErrUnavailable) {
+			t.Fatalf("Set: got %v, want ErrUnavailable", err)
+		}
+		<-probes
+	}
+	if err := v.Check(t.Context()); err != nil {
+		t.Errorf("Check: got %v, want nil", err)
+	}
+	if strings.Contains(log.String(), "the vault cannot be used") {
+		t.Errorf("got %s, want nothing of an outage", log)
+	}
+	f.OnRequest(nil)
+}

@@ -228,6 +228,24 @@ func TestServiceIsNotFlooded(t *testing.T) {
 	})
 }
 
+// TestNobodyWaitsLongWhileTheServiceIsOut: who comes after a failure hears of it,
+// though the next try is not answered.
+func TestNobodyWaitsLongWhileTheServiceIsOut(t *testing.T) {
+	t.Parallel()
+	inBubble(t, func(t *testing.T, ts *tokens, s *service, _ *int) {
+		_, _ = ts.GetToken(t.Context(), wanted)
+		s.answers <- answer{err: context.DeadlineExceeded}
+		if err := ts.ready(t.Context()); !errors.Is(err, vault.ErrUnavailable) {
+			t.Fatalf("got %v, want ErrUnavailable", err)
+		}
+		time.Sleep(retryToken)
+		began := time.Now()
+		if err := ts.ready(t.Context()); !errors.Is(err, vault.ErrUnavailable) || time.Since(began) != waitAfterError {
+			t.Errorf("got %v after %v, want ErrUnavailable after %v", err, time.Since(began), waitAfterError)
+		}
+	})
+}
+
 func TestRejectedToken(t *testing.T) {
 	t.Parallel()
 	inBubble(t, func(t *testing.T, ts *tokens, s *service, made *int) {
@@ -397,6 +415,26 @@ func TestTokenErrors(t *testing.T) {
 		if got := newTokenError(tt.err); !errors.Is(got, tt.want) {
 			t.Errorf("%s: got %v, want %v", name, got, tt.want)
 		}
+	}
+}
+
+// TestAnotherTenant: DefaultAzureCredential says so in the words of a token service
+// that did not answer, and yet no waiting helps.
+func TestAnotherTenant(t *testing.T) {
+	t.Parallel()
+	one, err := azidentity.NewClientSecretCredential("00000000-0000-0000-0000-000000000001", "client", "secret", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	chain, err := azidentity.NewChainedTokenCredential([]azcore.TokenCredential{one}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	o := wanted
+	o.TenantID = "00000000-0000-0000-0000-000000000002"
+	_, err = chain.GetToken(t.Context(), o)
+	if got := newTokenError(err); !errors.Is(got, vault.ErrRefused) || !strings.Contains(got.Error(), "AZURE_TENANT_ID") {
+		t.Errorf("got %v, want ErrRefused and a word about AZURE_TENANT_ID", got)
 	}
 }
 
