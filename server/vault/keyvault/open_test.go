@@ -331,7 +331,7 @@ func TestThrottledIsNotDown(t *testing.T) {
 	log := newHeard()
 	cfg.Logger = log.logger()
 	v := open(t, cfg)
-	probes := make(chan struct{})
+	probes := make(chan struct{}, 10)
 	f.OnRequest(func(r *keyvaultfake.Request) keyvaultfake.Fault {
 		switch {
 		case r.Op == keyvaultfake.OpSet:
