@@ -98,6 +98,7 @@ func (b *Broker) surelyAbsent(ctx context.Context, s *snapshot) error {
 	err := b.vault.Settle(ctx, s.key)
 	switch {
 	case errors.Is(err, vault.ErrNotFound):
+		b.forget(s.key)
 		return nil
 	case err == nil:
 		return errUnlike
@@ -195,6 +196,7 @@ func (b *Broker) Recover(ctx context.Context, call Call, req RecoverRequest) (Me
 				}
 				return Metadata{}, err
 			}
+			ctx = carried(ctx)
 			if base, err = b.afterRecover(ctx, s); err != nil {
 				return Metadata{}, b.recovered(ctx, op, marked, err)
 			}

@@ -30,6 +30,9 @@ func (b *Broker) putDown(ctx context.Context, op *operation, s *snapshot) error 
 		r.others = slices.Clone(s.history(s.current))
 		r.others = r.others[:min(len(r.others), remembered)]
 		after, err := b.set(ctx, op, s, s.value, r)
+		if vault.IsUncertain(err) {
+			b.pend(op.key, pendingWrite{value: s.value, record: r})
+		}
 		if err != nil {
 			return err
 		}

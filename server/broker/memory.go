@@ -37,14 +37,17 @@ func (k known) later(v version) bool {
 	return cmp.Or(cmp.Compare(k.epoch, v.epoch), cmp.Compare(k.generation, v.generation)) > 0
 }
 
+// twin reports whether v is another version of the same write.
+func (k known) twin(v version) bool {
+	return k.epoch == v.epoch && k.generation == v.generation && k.version != v.Version
+}
+
 // pendingWrite is a put or rotate whose outcome is not known. Sent again by the
 // same process it is the same write: same value, generation and epoch.
 type pendingWrite struct {
-	letter            byte
-	id                string
-	value             secret.Value
-	epoch, generation int64
-	at                time.Time
+	record
+	value secret.Value
+	at    time.Time
 }
 
 // hiddenVersion is a version that is live in the vault only because a put over a
@@ -130,7 +133,7 @@ func (b *Broker) highestOf(key secret.Key, id string, absent bool) int64 {
 		highest = b.known[key].generation
 	}
 	for _, w := range b.pending[key] {
-		if w.id != id {
+		if w.made.id != id {
 			highest = max(highest, w.generation)
 		}
 	}
@@ -143,7 +146,7 @@ func (b *Broker) pend(key secret.Key, w pendingWrite) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	for k, writes := range b.pending {
-		if writes = slices.DeleteFunc(writes, func(p pendingWrite) bool { return w.at.Sub(p.at) > pendingFor || k == key && p.id == w.id }); len(writes) > 0 {
+		if writes = slices.DeleteFunc(writes, func(p pendingWrite) bool { return w.at.Sub(p.at) > pendingFor || k == key && p.made.id == w.made.id }); len(writes) > 0 {
 			b.pending[k] = writes
 		} else {
 			delete(b.pending, k)
@@ -156,7 +159,7 @@ func (b *Broker) pend(key secret.Key, w pendingWrite) {
 func (b *Broker) pendingOf(key secret.Key, id string) (pendingWrite, bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	at := slices.IndexFunc(b.pending[key], func(p pendingWrite) bool { return p.id == id })
+	at := slices.IndexFunc(b.pending[key], func(p pendingWrite) bool { return p.made.id == id })
 	if at < 0 {
 		return pendingWrite{}, false
 	}
@@ -167,7 +170,7 @@ func (b *Broker) pendingOf(key secret.Key, id string) (pendingWrite, bool) {
 func (b *Broker) settled(key secret.Key, id string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	writes := slices.DeleteFunc(b.pending[key], func(p pendingWrite) bool { return p.id == id })
+	writes := slices.DeleteFunc(b.pending[key], func(p pendingWrite) bool { return p.made.id == id })
 	if len(writes) > 0 {
 		b.pending[key] = writes
 	} else {
@@ -183,7 +186,7 @@ func (b *Broker) mayStillApply(key secret.Key, id string) bool {
 		return false
 	}
 	k, ok := b.knownOf(key)
-	return !ok || !k.later(version{record: record{epoch: w.epoch, generation: w.generation}})
+	return !ok || !k.later(version{record: w.record})
 }
 
 // hide keeps a version from being served that is about to be live in the vault.

@@ -42,7 +42,7 @@ func (b *Broker) get(ctx context.Context, req GetRequest) (GetResult, error) {
 	if err != nil {
 		return GetResult{}, err
 	}
-	if s.late != nil {
+	if s.hasLate() {
 		b.repair(req.Key)
 	}
 	want := req.Version
@@ -125,7 +125,7 @@ func (b *Broker) describe(ctx context.Context, key secret.Key) (Description, err
 	if err != nil {
 		return Description{}, err
 	}
-	if s.late != nil {
+	if s.hasLate() {
 		b.repair(key)
 	}
 	d := Description{Metadata: s.metadata(s.current)}

@@ -21,12 +21,16 @@ func carried(ctx context.Context) context.Context {
 // caller waits.
 func (b *Broker) settle(ctx context.Context, op *operation, write func(context.Context) error, landed func(context.Context) (bool, error)) error {
 	pauses := vault.NewPauses(firstPause, longestPause)
+	if op.begun {
+		ctx = carried(ctx)
+	}
 	var doubt error
 	for {
 		err := write(ctx)
 		again := vault.IsUncertain(err)
 		switch {
 		case err == nil:
+			op.begun = true
 			return nil
 		case again:
 			doubt = err
@@ -42,6 +46,7 @@ func (b *Broker) settle(ctx context.Context, op *operation, write func(context.C
 		}
 		switch {
 		case there:
+			op.begun = true
 			return nil
 		case lookErr != nil && doubt != nil:
 			return doubt

@@ -180,15 +180,14 @@ func (b *Broker) judge(ctx context.Context, s *snapshot, asked int) error {
 	switch {
 	case s.current.generation == 0: // somebody else's: it counts
 		return nil
-	case !ok || !k.later(s.current):
+	case !ok || !k.later(s.current) && !k.twin(s.current):
 		b.see(s.key, s.current)
 		return nil
-	case k.gone: // it was absent in between
-		b.replace(s.key, s.current)
-		return nil
+	case k.twin(s.current):
+		return b.judgeTwin(ctx, s, k)
 	}
 	insists := b.doubt(s.key) > believe
-	if s.current.Created.Before(k.created) && !insists {
+	if s.current.Created.Before(k.created) && !k.gone && !insists {
 		return errStale
 	}
 	if err := b.listVersions(ctx, s); err != nil {
@@ -197,6 +196,9 @@ func (b *Broker) judge(ctx context.Context, s *snapshot, asked int) error {
 	greatest := s.greatest()
 	switch {
 	case !greatest.later(s.current.record):
+		if !k.gone && !s.current.Created.After(k.created) {
+			return errStale // so is the list
+		}
 		b.replace(s.key, s.current)
 		return nil
 	case insists:
@@ -208,11 +210,56 @@ func (b *Broker) judge(ctx context.Context, s *snapshot, asked int) error {
 	return b.enter(ctx, s)
 }
 
+// judgeTwin looks at another version of the write that is known: it was sent twice,
+// and both arrived. The newest counts, unless something was done with the other one
+// meanwhile that it says nothing of.
+func (b *Broker) judgeTwin(ctx context.Context, s *snapshot, k known) error {
+	if err := b.listVersions(ctx, s); err != nil {
+		return err
+	}
+	at := slices.IndexFunc(s.listed, func(v version) bool { return v.Version == k.version })
+	if at >= 0 && (s.listed[at].beats(s.current) || !s.listed[at].Enabled) {
+		s.putBehind(s.listed[at])
+		return b.enter(ctx, s)
+	}
+	b.see(s.key, s.current)
+	return nil
+}
+
+// beats reports whether v counts and than does not, of the broker's own versions:
+// it is later; or both are one write, and v bears a delete or recover more.
+func (v version) beats(than version) bool {
+	if v.later(than.record) || than.later(v.record) {
+		return v.later(than.record)
+	}
+	return v.made == than.made && v.Version != than.Version && v.touched() > than.touched()
+}
+
+// touched counts the deletes and recovers that v bears of its own.
+func (v version) touched() int {
+	n := 0
+	if v.deleted != nil {
+		n++
+	}
+	for _, d := range v.others {
+		if d.version == v.Version {
+			n++
+		}
+	}
+	return n
+}
+
+// hasLate reports whether there is a late version to be put down: one that can be
+// read, or that lies over what can.
+func (s *snapshot) hasLate() bool {
+	return s.late != nil && (s.late.Enabled || s.state == Active)
+}
+
 // greatest is the greatest of the broker's own versions; s must be listed.
 func (s *snapshot) greatest() version {
 	var greatest version
 	for _, v := range s.listed {
-		if v.generation > 0 && v.later(greatest.record) {
+		if v.generation > 0 && (greatest.generation == 0 || v.beats(greatest)) {
 			greatest = v
 		}
 	}
@@ -256,7 +303,7 @@ func (b *Broker) list(ctx context.Context, s *snapshot) error {
 	if err := b.listVersions(ctx, s); err != nil {
 		return err
 	}
-	if greatest := s.greatest(); s.current.generation > 0 && greatest.later(s.current.record) {
+	if greatest := s.greatest(); s.late == nil && s.current.generation > 0 && greatest.beats(s.current) {
 		b.see(s.key, greatest) // what the next look goes by
 		return errUnlike
 	}
@@ -292,7 +339,7 @@ func (b *Broker) listVersions(ctx context.Context, s *snapshot) error {
 		s.current = s.listed[at]
 	}
 	s.listed = slices.Concat([]version{s.listed[at]}, s.listed[:at], s.listed[at+1:])
-	if greatest := s.greatest(); !found && s.current.generation > 0 && greatest.later(s.current.record) {
+	if greatest := s.greatest(); !found && s.current.generation > 0 && greatest.beats(s.current) {
 		s.putBehind(greatest) // a late one that was disabled already
 	}
 	return nil

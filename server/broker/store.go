@@ -3,6 +3,7 @@ package broker
 import (
 	"context"
 	"errors"
+	"maps"
 	"slices"
 
 	"github.com/exto/secrets-broker/secret"
@@ -26,6 +27,7 @@ func (b *Broker) store(ctx context.Context, op *operation, s *snapshot, base ver
 			}
 			return nil, err
 		}
+		ctx = carried(ctx)
 		var err error
 		if base, err = b.afterRecover(ctx, s); err != nil {
 			return nil, b.deleteAgain(ctx, op, recovered, err)
@@ -35,14 +37,6 @@ func (b *Broker) store(ctx context.Context, op *operation, s *snapshot, base ver
 	taken := max(base.generation, b.highestOf(op.key, op.id, s.state == Absent))
 	r.generation, r.createdBy = taken+1, op.Caller
 	r.epoch, r.auditID = b.epoch.Load(), op.AuditID
-	if again := op.again; again != nil {
-		if again.generation > taken && again.epoch == r.epoch {
-			r.generation = again.generation // nothing came since: it is one write, sent twice
-		} else {
-			r.generation = max(taken, again.generation) + 1
-			r.epoch = b.epoch.Add(1) // so that the one sent before is a late one
-		}
-	}
 	r.made = done{letter: op.letter, id: op.id}
 	r.others = s.history(base)
 	r.others = r.others[:min(len(r.others), remembered)]
@@ -50,10 +44,19 @@ func (b *Broker) store(ctx context.Context, op *operation, s *snapshot, base ver
 	if over {
 		r.first = r.generation
 	}
+	if again := op.again; again != nil && !b.sameWrite(s, &r, *again, taken) {
+		// What was sent before says something else of the secret: should it arrive, it
+		// is a late one.
+		r.generation = max(taken, again.generation) + 1
+		r.epoch = b.epoch.Add(1)
+		if over {
+			r.first = r.generation
+		}
+	}
 	after, err := b.set(ctx, op, s, value, r)
 	switch {
 	case vault.IsUncertain(err):
-		op.again = &pendingWrite{letter: op.letter, id: op.id, value: value, epoch: r.epoch, generation: r.generation}
+		op.again = &pendingWrite{value: value, record: r}
 		b.pend(op.key, *op.again)
 		return nil, err
 	case err != nil:
@@ -63,6 +66,7 @@ func (b *Broker) store(ctx context.Context, op *operation, s *snapshot, base ver
 		b.forget(op.key)
 	}
 	b.see(op.key, after)
+	b.settled(op.key, op.id)
 	b.unhide(op.key)
 	if s.late != nil {
 		if err := b.disable(ctx, op, *s.late); err != nil {
@@ -71,6 +75,22 @@ func (b *Broker) store(ctx context.Context, op *operation, s *snapshot, base ver
 		}
 	}
 	return &snapshot{key: op.key, state: Active, live: true, current: after}, nil
+}
+
+// sameWrite reports whether r would be the very write that was sent before, and
+// makes it that: nothing came since, and it says the same of the secret. Two
+// versions of one write are one to everybody, so they must not differ.
+func (b *Broker) sameWrite(s *snapshot, r *record, again pendingWrite, taken int64) bool {
+	same := *r
+	same.generation, same.epoch, same.auditID = again.generation, again.epoch, again.auditID
+	if same.first == r.generation {
+		same.first = same.generation
+	}
+	if again.generation <= taken || again.epoch != r.epoch || !maps.Equal(b.encode(same, s), b.encode(again.record, s)) {
+		return false
+	}
+	*r = same
+	return true
 }
 
 // set makes one new version of what r says.
@@ -111,10 +131,12 @@ func (b *Broker) afterRecover(ctx context.Context, s *snapshot) (version, error)
 	if err := b.listVersions(ctx, s); err != nil {
 		return version{}, err
 	}
-	if greatest := s.greatest(); s.current.generation > 0 && greatest.later(s.current.record) {
+	if greatest := s.greatest(); s.current.generation > 0 && greatest.beats(s.current) {
 		s.putBehind(greatest)
 	}
-	return b.base(ctx, s)
+	base, err := b.base(ctx, s)
+	b.raiseEpoch(base.epoch)
+	return base, err
 }
 
 // deleteAgain undoes the recover of a secret that somebody else had deleted,
@@ -124,7 +146,7 @@ func (b *Broker) deleteAgain(ctx context.Context, op *operation, recovered bool,
 	if !recovered {
 		return cause
 	}
-	_, err := b.vault.Delete(ctx, op.key)
+	_, err := b.vault.Delete(carried(ctx), op.key)
 	switch {
 	case errors.Is(err, vault.ErrNotFound) && vault.IsUncertain(cause):
 		return cause // the recover may yet arrive

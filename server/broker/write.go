@@ -29,6 +29,9 @@ type operation struct {
 	depth  depth         // whether it has to look at what is deleted
 	minted secret.Value  // the token that it made
 	again  *pendingWrite // the same request, sent before with unknown outcome
+	// begun reports that a step of it was done, so that the rest is not the
+	// caller's to wait for.
+	begun bool
 }
 
 // Phases of an operation. It leaves pending once, for one of the others.
@@ -71,7 +74,7 @@ func do[R any](b *Broker, ctx context.Context, op *operation, work func(context.
 	b.mu.Lock()
 	if b.closing {
 		b.mu.Unlock()
-		return none, withCommit(refuse(op.key, secret.ShuttingDown, "this broker is shutting down; try again, at another one if there is one"), secret.NotApplied)
+		return none, b.told(ctx, op, refuse(op.key, secret.ShuttingDown, "this broker is shutting down; try again, at another one if there is one"))
 	}
 	b.writes.Add(1)
 	b.mu.Unlock()
@@ -85,7 +88,7 @@ func do[R any](b *Broker, ctx context.Context, op *operation, work func(context.
 			return none, withCommit(err, secret.Unknown)
 		}
 		err.Message += "; another write of this secret is under way"
-		return none, withCommit(err, secret.NotApplied)
+		return none, b.told(ctx, op, err)
 	}
 
 	workCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), carryOn)
@@ -118,8 +121,6 @@ func do[R any](b *Broker, ctx context.Context, op *operation, work func(context.
 					o.err = shutdownError(op, o.err)
 				}
 				o.err = b.told(ctx, op, o.err)
-			} else {
-				b.settled(op.key, op.id)
 			}
 			if ctx.Err() != nil && op.phase.Load() == started {
 				b.log.Info("a write ended after its caller was gone", "key", op.key.String(), "audit_id", op.AuditID, "operation_id", op.id, "applied", o.err == nil, "error", o.err)
@@ -146,7 +147,7 @@ func do[R any](b *Broker, ctx context.Context, op *operation, work func(context.
 	}
 	err := contextError(ctx, op.key)
 	if op.phase.CompareAndSwap(pending, abandoned) || op.phase.Load() == abandoned {
-		return none, withCommit(err, secret.NotApplied)
+		return none, b.told(ctx, op, err)
 	}
 	err.Message += "; the broker carries the write on, and the same request id tells its outcome"
 	return none, withCommit(err, secret.Unknown)
@@ -244,15 +245,12 @@ func (b *Broker) prepare(ctx context.Context, op *operation) (s *snapshot, base 
 		if s, err = b.load(ctx, op.key, op.depth); err != nil {
 			return nil, version{}, nil, err
 		}
-		if s.late == nil {
+		if !s.hasLate() {
 			break
 		}
 		if err := b.putDown(ctx, op, s); err != nil {
 			return nil, version{}, nil, err
 		}
-	}
-	if s.state == Absent && !s.unsure {
-		b.forget(op.key)
 	}
 	if base, err = b.base(ctx, s); err != nil {
 		return nil, version{}, nil, err
@@ -272,7 +270,7 @@ func (b *Broker) prepare(ctx context.Context, op *operation) (s *snapshot, base 
 			}
 		}
 		if w, ok := b.pendingOf(op.key, op.id); ok {
-			if w.letter != op.letter {
+			if w.made.letter != op.letter {
 				return nil, version{}, nil, errRequestIDReused(op.key)
 			}
 			op.again = &w

@@ -1,6 +1,6 @@
 // Package keyvault is Azure Key Vault as a vault: secrets with versions and tags,
-// asked over azsecrets with whatever DefaultAzureCredential finds. It is one of
-// two places that import the Azure SDK.
+// asked over azsecrets with whatever DefaultAzureCredential finds. Nothing else in
+// the product imports the Azure SDK.
 //
 // What the service and the SDK do differently from what one expects, and what
 // this package makes of it:
