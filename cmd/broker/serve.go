@@ -149,7 +149,13 @@ func (c serveCommand) serve(ctx context.Context, s streams, listening func(net.A
 		ops.notReady()
 		bound, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.ShutdownTimeout)
 		defer cancel()
+		// Writes that are not done by then are cut off a little before their calls
+		// are, so that the callers hear what became of them.
+		last, end := context.WithTimeout(bound, c.ShutdownTimeout-min(time.Second, c.ShutdownTimeout/10))
+		defer end()
+		ended := context.AfterFunc(last, func() { heart.Close(last) })
 		face.Shutdown(bound)
+		ended()
 		heart.Close(bound)
 		ops.close()
 		return nil
@@ -181,7 +187,7 @@ func (c serveCommand) openVault(ctx context.Context, log *slog.Logger) (vault.Va
 			Logger:          log,
 		})
 		if err != nil {
-			return nil, fmt.Errorf("azure key vault (AZURE_KEY_VAULT_URL, --azure-key-vault-url): %w", err)
+			return nil, fmt.Errorf("azure key vault: %w", err)
 		}
 		return store, nil
 	case "embedded":

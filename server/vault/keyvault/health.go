@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/exto/secrets-broker/server/vault"
@@ -74,7 +75,7 @@ func (v *Vault) advice(err error) error {
 	)
 	switch {
 	case errors.As(err, &token) && errors.Is(token, vault.ErrRefused):
-		return fmt.Errorf("%s: on a laptop run az login; in CI set AZURE_TENANT_ID, AZURE_CLIENT_ID and AZURE_CLIENT_SECRET; on AKS give the pod a workload identity", token.text)
+		return fmt.Errorf("%s: %s", token.text, credentialAdvice(token.text))
 	case errors.As(err, &resp) && resp.status == http.StatusForbidden && (resp.inner == "ForbiddenByFirewall" || resp.inner == "ForbiddenByConnection"):
 		return fmt.Errorf("the network rules of vault %s do not let this machine in (%w): az keyvault network-rule add --name %s --ip-address ADDRESS, or a private endpoint", v.name, resp, v.name)
 	case errors.As(err, &resp) && resp.status == http.StatusUnauthorized:
@@ -82,15 +83,29 @@ func (v *Vault) advice(err error) error {
 	case errors.As(err, &resp) && resp.status == http.StatusForbidden:
 		return fmt.Errorf(`vault %s refuses the broker's identity (%w): grant it with az role assignment create --role "Key Vault Secrets Officer" --assignee IDENTITY --scope "$(az keyvault show --name %s --query id --output tsv)", which takes some minutes`, v.name, resp, v.name)
 	case errors.As(err, &dns) && dns.IsNotFound:
-		return fmt.Errorf("there is no vault at %s: az keyvault list --query [].properties.vaultUri names those there are", v.url)
+		return fmt.Errorf("there is no vault at %s: set AZURE_KEY_VAULT_URL to one of those that az keyvault list --query [].properties.vaultUri names", v.url)
 	case errors.As(err, &proxy) && proxy.status < http.StatusInternalServerError:
-		return fmt.Errorf("%w when asked for %s: have it let the broker through, or correct the URL", proxy, v.url)
+		return fmt.Errorf("%w when asked for %s: have it let the broker through, or correct AZURE_KEY_VAULT_URL", proxy, v.url)
 	case errors.As(err, &wrong):
 		return fmt.Errorf("what answers at %s is no vault: %w", v.url, wrong)
 	case errors.As(err, &resp) && resp.status < http.StatusInternalServerError && resp.status != http.StatusTooManyRequests && resp.status != http.StatusRequestTimeout:
 		return fmt.Errorf("what answers at %s is no vault: %w", v.url, resp)
 	}
 	return nil
+}
+
+// credentialAdvice is what to do about an error of the credential, by what the SDK
+// says of it.
+func credentialAdvice(text string) string {
+	switch {
+	case strings.Contains(text, "AZURE_TOKEN_CREDENTIALS"):
+		return "unset AZURE_TOKEN_CREDENTIALS, or set it to prod or dev"
+	case strings.Contains(text, "authority host"):
+		return "unset AZURE_AUTHORITY_HOST, or set it to the https address of the cloud's token service"
+	case strings.Contains(text, wrongTenant), strings.Contains(text, "tenantID"):
+		return "set AZURE_TENANT_ID to the tenant of the vault"
+	}
+	return "on a laptop run az login; in CI set AZURE_TENANT_ID, AZURE_CLIENT_ID and AZURE_CLIENT_SECRET; on AKS give the pod a workload identity"
 }
 
 // ready blocks until the challenge was answered once and there is a token: all

@@ -149,35 +149,41 @@ func TestNoSuchVault(t *testing.T) {
 
 func TestNoCredential(t *testing.T) {
 	t.Parallel()
-	for name, credential := range map[string]func() (azcore.TokenCredential, error){
-		"none of the chain": none,
-		"none at all": func() (azcore.TokenCredential, error) {
+	for name, test := range map[string]struct {
+		credential func() (azcore.TokenCredential, error)
+		want       []string
+	}{
+		"none of the chain": {none, []string{"az login", "AZURE_CLIENT_ID", "workload identity", "AZURE_T"}},
+		"none at all": {func() (azcore.TokenCredential, error) {
 			return (*azidentity.DefaultAzureCredential)(nil), errors.New("invalid AZURE_TOKEN_CREDENTIALS value\nValid values are others")
-		},
+		}, []string{"unset AZURE_TOKEN_CREDENTIALS, or set it to prod"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			f, c := start(t, atOnce())
 			cfg := config(f, c, f.Broker())
-			cfg.Credential = credential
-			wantNoStart(t, cfg, f.Broker(), "az login", "AZURE_CLIENT_ID", "workload identity", "AZURE_T")
+			cfg.Credential = test.credential
+			wantNoStart(t, cfg, f.Broker(), test.want...)
 		})
 	}
 }
 
 func TestRefusedCredential(t *testing.T) {
 	t.Parallel()
-	for name, change := range map[string]func(p *keyvaultfake.Principal){
-		"wrong secret":   func(p *keyvaultfake.Principal) { p.ClientSecret = "wrong-secret" },
-		"no such client": func(p *keyvaultfake.Principal) { p.ClientID = "00000000-0000-0000-0000-000000000000" },
-		"wrong tenant":   func(p *keyvaultfake.Principal) { p.TenantID = "00000000-0000-0000-0000-000000000000" },
+	for name, test := range map[string]struct {
+		change func(p *keyvaultfake.Principal)
+		want   string
+	}{
+		"wrong secret":   {func(p *keyvaultfake.Principal) { p.ClientSecret = "wrong-secret" }, "AZURE_CLIENT_SECRET"},
+		"no such client": {func(p *keyvaultfake.Principal) { p.ClientID = "00000000-0000-0000-0000-000000000000" }, "AZURE_CLIENT_ID"},
+		"wrong tenant":   {func(p *keyvaultfake.Principal) { p.TenantID = "00000000-0000-0000-0000-000000000000" }, "set AZURE_TENANT_ID to the tenant of the vault"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			f, c := start(t, atOnce())
 			p := f.Broker()
-			change(&p)
-			wantNoStart(t, config(f, c, p), p, "AZURE_CLIENT_SECRET")
+			test.change(&p)
+			wantNoStart(t, config(f, c, p), p, test.want)
 		})
 	}
 }

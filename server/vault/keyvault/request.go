@@ -89,7 +89,8 @@ func (v *Vault) do(ctx context.Context, c *call, f func(context.Context) error) 
 	if errors.Is(err, errNoToken) { // the vault said which token it wants, and did nothing
 		err = v.once(ctx, c, f)
 	}
-	if errors.Is(err, vault.ErrUnavailable) || errors.Is(err, vault.ErrRefused) {
+	// A caller's deadline may have passed because the vault hangs.
+	if errors.Is(err, vault.ErrUnavailable) || errors.Is(err, vault.ErrRefused) || errors.Is(err, context.DeadlineExceeded) {
 		v.suspect()
 	}
 	return err

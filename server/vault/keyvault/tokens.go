@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore"
@@ -50,6 +51,9 @@ type tokens struct {
 	lastTry  time.Time
 	lastErr  error
 	rejected time.Time // when the vault last refused a token
+	warned   time.Time // when the log last said that there is none
+
+	started atomic.Bool // the broker runs
 }
 
 var _ azcore.TokenCredential = (*tokens)(nil)
@@ -178,9 +182,7 @@ func (t *tokens) fetch(f *fetch, o policy.TokenRequestOptions) {
 	})
 	if err != nil {
 		f.err = newTokenError(err)
-		if t.running.Err() == nil {
-			t.log.Warn("no token for the vault", "error", f.err)
-		}
+		t.warn(f.err)
 	}
 	t.mu.Lock()
 	if t.fetching == f { // nobody asked for another kind meanwhile
@@ -194,6 +196,24 @@ func (t *tokens) fetch(f *fetch, o policy.TokenRequestOptions) {
 	}
 	t.mu.Unlock()
 	close(f.done)
+}
+
+// warn logs that there is no token: not during the start, which says so itself, and
+// once a minute while it lasts.
+func (t *tokens) warn(err error) {
+	if !t.started.Load() || t.running.Err() != nil {
+		return
+	}
+	t.mu.Lock()
+	now := time.Now()
+	due := now.Sub(t.warned) >= time.Minute
+	if due {
+		t.warned = now
+	}
+	t.mu.Unlock()
+	if due {
+		t.log.Warn("no token for the vault", "error", err)
+	}
 }
 
 // reject drops a token that the vault refused. The credential goes too: it

@@ -103,7 +103,7 @@ var _ vault.Vault = (*Vault)(nil)
 func Open(ctx context.Context, cfg Config) (*Vault, error) {
 	url, name, err := parseURL(cfg.URL)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("AZURE_KEY_VAULT_URL (--azure-key-vault-url): %w", err)
 	}
 	if cfg.ReadsPerSecond == 0 {
 		cfg.ReadsPerSecond = DefaultReadsPerSecond
@@ -159,6 +159,7 @@ func Open(ctx context.Context, cfg Config) (*Vault, error) {
 		_ = v.Close()
 		return nil, err
 	}
+	v.tokens.started.Store(true)
 	v.ended.Go(v.watch)
 	return v, nil
 }
