@@ -1,6 +1,7 @@
 package server_test
 
 import (
+	"context"
 	"testing"
 	"time"
 
@@ -243,4 +244,39 @@ func TestLateCommitBetweenMarkAndDelete(t *testing.T) {
 		t.Fatal(err)
 	}
 	x.wantValue("", uri(4))
+}
+
+// TestLaterStepsGoOnPastTheDeadline: once a step of it is done, a write is carried
+// on, though what it meets then makes it wait.
+func TestLaterStepsGoOnPastTheDeadline(t *testing.T) {
+	t.Parallel()
+	x := startKeyVault(t).in(t, "demo", "deleted")
+	x.settle()
+	ctx, cancel := context.WithTimeout(x.ctx, 1500*time.Millisecond)
+	defer cancel()
+	refused := false
+	x.fake.OnRequest(func(r *keyvaultfake.Request) keyvaultfake.Fault {
+		switch {
+		case r.Op == keyvaultfake.OpRecover && !r.Challenge:
+			return keyvaultfake.Fault{HoldAfter: ctx.Done()}
+		case r.Op == keyvaultfake.OpSet && !refused: // one writer, one request at a time
+			refused = true
+			return keyvaultfake.Fault{Status: 409, Inner: "ObjectIsBeingRecovered"}
+		}
+		return keyvaultfake.Fault{}
+	})
+	id := uuid.NewString()
+	if err := writeCalls["put"](x, ctx, id); err == nil {
+		t.Fatal("got success before its deadline")
+	}
+	if err := writeCalls["put"](x, x.ctx, id); err != nil {
+		t.Fatalf("the same request again: %v", err)
+	}
+	if !contains(x.log.String(), "applied=true") {
+		t.Error("the first request was not carried on to its end")
+	}
+	x.wantValue("", uri(3))
+	if got := len(x.versions()); got != 3 {
+		t.Errorf("got %d versions, want the write once: 3", got)
+	}
 }

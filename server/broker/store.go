@@ -44,7 +44,7 @@ func (b *Broker) store(ctx context.Context, op *operation, s *snapshot, base ver
 	if over {
 		r.first = r.generation
 	}
-	if again := op.again; again != nil && !b.sameWrite(s, &r, *again, taken) {
+	if again := op.again; again != nil && !s.sameWrite(&r, *again, taken) {
 		// What was sent before says something else of the secret: should it arrive, it
 		// is a late one.
 		r.generation = max(taken, again.generation) + 1
@@ -80,13 +80,15 @@ func (b *Broker) store(ctx context.Context, op *operation, s *snapshot, base ver
 // sameWrite reports whether r would be the very write that was sent before, and
 // makes it that: nothing came since, and it says the same of the secret. Two
 // versions of one write are one to everybody, so they must not differ.
-func (b *Broker) sameWrite(s *snapshot, r *record, again pendingWrite, taken int64) bool {
+func (s *snapshot) sameWrite(r *record, again pendingWrite, taken int64) bool {
 	same := *r
 	same.generation, same.epoch, same.auditID = again.generation, again.epoch, again.auditID
 	if same.first == r.generation {
 		same.first = same.generation
 	}
-	if again.generation <= taken || again.epoch != r.epoch || !maps.Equal(b.encode(same, s), b.encode(again.record, s)) {
+	now, _ := same.tags(s.key, s.current.Tags)
+	then, _ := again.tags(s.key, s.current.Tags)
+	if again.generation <= taken || again.epoch != r.epoch || !maps.Equal(now, then) {
 		return false
 	}
 	*r = same
