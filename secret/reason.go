@@ -23,6 +23,7 @@ const (
 	KeyMismatch            Reason = "KEY_MISMATCH"
 	CallerUnknown          Reason = "CALLER_UNKNOWN"
 	CallerNotAllowed       Reason = "CALLER_NOT_ALLOWED"
+	CallerQuotaExceeded    Reason = "CALLER_QUOTA_EXCEEDED"
 	VaultUnavailable       Reason = "VAULT_UNAVAILABLE"
 	VaultThrottled         Reason = "VAULT_THROTTLED"
 	VaultRefused           Reason = "VAULT_REFUSED"

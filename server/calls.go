@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"runtime/debug"
@@ -69,14 +70,14 @@ func chain(metrics *grpcprom.ServerMetrics, log *slog.Logger, g *gate, drained c
 	return []grpc.ServerOption{
 		grpc.ChainUnaryInterceptor(
 			metrics.UnaryServerInterceptor(),
-			beginUnary(g),
+			beginUnary(),
 			selector.UnaryServerInterceptor(logging.UnaryServerInterceptor(logger(log), logCalls...), notHealth),
 			recovery.UnaryServerInterceptor(recovered),
 			decideUnary(g),
 		),
 		grpc.ChainStreamInterceptor(
 			metrics.StreamServerInterceptor(),
-			beginStream(g, drained),
+			beginStream(drained),
 			selector.StreamServerInterceptor(logging.StreamServerInterceptor(logger(log), logCalls...), notHealth),
 			recovery.StreamServerInterceptor(recovered),
 			decideStream(g),
@@ -85,14 +86,14 @@ func chain(metrics *grpcprom.ServerMetrics, log *slog.Logger, g *gate, drained c
 }
 
 // begin makes the call that everything else goes by.
-func begin(ctx context.Context, g *gate, method string) (context.Context, *call) {
-	c := &call{auditID: uuid.NewString(), write: methods[method].write, caller: g.identify(ctx)}
+func begin(ctx context.Context, method string) (context.Context, *call) {
+	c := &call{auditID: uuid.NewString(), write: methods[method].write, caller: connectionOf(ctx).caller}
 	return context.WithValue(ctx, callKey{}, c), c
 }
 
-func beginUnary(g *gate) grpc.UnaryServerInterceptor {
+func beginUnary() grpc.UnaryServerInterceptor {
 	return func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
-		ctx, c := begin(ctx, g, info.FullMethod)
+		ctx, c := begin(ctx, info.FullMethod)
 		if _, ok := ctx.Deadline(); !ok {
 			timeout := readTimeout
 			if c.write {
@@ -107,24 +108,27 @@ func beginUnary(g *gate) grpc.UnaryServerInterceptor {
 }
 
 // beginStream gives streams no deadline; the beginning of a shutdown ends them.
-func beginStream(g *gate, drained context.Context) grpc.StreamServerInterceptor {
+func beginStream(drained context.Context) grpc.StreamServerInterceptor {
 	return func(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
-		ctx, _ := begin(stream.Context(), g, info.FullMethod)
-		ctx, cancel := context.WithCancel(ctx)
-		defer cancel()
-		defer context.AfterFunc(drained, cancel)()
-		return handler(srv, &drainedStream{middleware.WrappedServerStream{ServerStream: stream, WrappedContext: ctx}, drained})
+		ctx, _ := begin(stream.Context(), info.FullMethod)
+		ctx, end := context.WithCancelCause(ctx)
+		defer end(nil)
+		defer context.AfterFunc(drained, func() { end(errShuttingDown()) })()
+		return handler(srv, &endingStream{middleware.WrappedServerStream{ServerStream: stream, WrappedContext: ctx}})
 	}
 }
 
-// drainedStream is a stream on which nobody waits for a message beyond the
-// beginning of a shutdown: gRPC's own RecvMsg ends with the connection alone.
-type drainedStream struct {
-	middleware.WrappedServerStream
-	drained context.Context
+func errShuttingDown() error {
+	return &broker.Error{Reason: secret.ShuttingDown, Message: "this broker is shutting down; try again, at another one if there is one"}
 }
 
-func (s *drainedStream) RecvMsg(m any) error {
+// endingStream is a stream on which nobody waits for a message when its context has
+// ended: gRPC's own RecvMsg ends with the connection alone.
+type endingStream struct {
+	middleware.WrappedServerStream
+}
+
+func (s *endingStream) RecvMsg(m any) error {
 	received := make(chan error, 1)
 	// It ends when the handler has returned, as it does after an error from here,
 	// and then nobody looks at m.
@@ -132,9 +136,17 @@ func (s *drainedStream) RecvMsg(m any) error {
 	select {
 	case err := <-received:
 		return err
-	case <-s.drained.Done():
-		return statusOf(s.Context(), &broker.Error{Reason: secret.ShuttingDown, Message: "this broker is shutting down; try again, at another one if there is one"})
+	case <-s.Context().Done():
+		return endOf(s.Context(), s.Context().Err())
 	}
+}
+
+// endOf is why a stream ends: what its context was ended for, or err.
+func endOf(ctx context.Context, err error) error {
+	if told := (*broker.Error)(nil); errors.As(context.Cause(ctx), &told) {
+		return told
+	}
+	return err
 }
 
 func decideUnary(g *gate) grpc.UnaryServerInterceptor {
@@ -150,12 +162,37 @@ func decideUnary(g *gate) grpc.UnaryServerInterceptor {
 	}
 }
 
+// judgeEvery is how often it is asked whether a stream may go on.
+const judgeEvery = 2 * time.Second
+
+// decideStream judges a stream at its beginning and as long as it lasts.
 func decideStream(g *gate) grpc.StreamServerInterceptor {
 	return func(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
-		if err := g.admit(callFrom(stream.Context()), info.FullMethod); err != nil {
+		c := callFrom(stream.Context())
+		if err := g.admit(c, info.FullMethod); err != nil {
 			return g.fail(stream.Context(), err)
 		}
-		return handler(srv, stream)
+		ctx, end := context.WithCancelCause(stream.Context())
+		defer end(nil)
+		go func() {
+			again := time.NewTicker(judgeEvery)
+			defer again.Stop()
+			for {
+				select {
+				case <-again.C:
+					if err := g.admit(c, info.FullMethod); err != nil {
+						end(err)
+					}
+				case <-ctx.Done():
+					return
+				}
+			}
+		}()
+		err := handler(srv, &endingStream{middleware.WrappedServerStream{ServerStream: stream, WrappedContext: ctx}})
+		if told := (*broker.Error)(nil); errors.As(err, &told) || errors.As(context.Cause(ctx), &told) {
+			return g.fail(stream.Context(), endOf(ctx, err))
+		}
+		return err
 	}
 }
 

@@ -58,8 +58,8 @@ func TestClientLibrary(t *testing.T) {
 	if err != nil || !got.NotModified || !got.Value.IsEmpty() {
 		t.Errorf("Get of a known version: got %+v, %v, want not modified", got, err)
 	}
-	if got, err = c.Get(ctx, uri, client.GetOptions{}); err != nil || !got.Value.Equal(value) || got.Source != client.Live {
-		t.Errorf("Get: got %+v, %v, want the value, live", got, err)
+	if got, err = c.Get(ctx, uri, client.GetOptions{}); err != nil || !got.Value.Equal(value) || got.Source != client.Cache {
+		t.Errorf("Get: got %+v, %v, want the value, from memory", got, err)
 	}
 
 	first, err := c.Rotate(ctx, token, client.RotateOptions{AllowMissing: true})

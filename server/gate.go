@@ -2,15 +2,13 @@ package server
 
 import (
 	"context"
-	"crypto/x509"
+	"fmt"
 	"log/slog"
 	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"google.golang.org/grpc/credentials"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
-	"google.golang.org/grpc/peer"
 
 	secretsv1 "github.com/exto/secrets-broker/gen/exto/secrets/v1"
 	"github.com/exto/secrets-broker/secret"
@@ -32,8 +30,10 @@ var methods = map[string]method{
 	secretsv1.SecretsBrokerService_RotateSecret_FullMethodName:   {authz.Rotate, true},
 	secretsv1.SecretsBrokerService_DeleteSecret_FullMethodName:   {authz.Delete, true},
 	secretsv1.SecretsBrokerService_RecoverSecret_FullMethodName:  {authz.Recover, true},
+	secretsv1.SecretsBrokerService_VerifyToken_FullMethodName:    {authz.Verify, false},
 	secretsv1.SecretsBrokerService_DescribeSecret_FullMethodName: {authz.Describe, false},
 	secretsv1.SecretsBrokerService_ListSecrets_FullMethodName:    {authz.List, false},
+	secretsv1.SecretsBrokerService_WatchSecrets_FullMethodName:   {authz.Watch, false},
 }
 
 // gate is the one place that decides who may do what. It judges in this order:
@@ -59,28 +59,6 @@ func (i identity) name() string {
 		return "unknown: " + i.problem.Error()
 	}
 	return i.id.String()
-}
-
-// identify reads the certificate that the handshake verified.
-func (g *gate) identify(ctx context.Context) identity {
-	leaf := leafOf(ctx)
-	if leaf == nil {
-		return identity{problem: errNoCertificate}
-	}
-	id, err := authz.CallerFromCertificate(leaf)
-	return identity{id: id, expires: leaf.NotAfter, problem: err}
-}
-
-func leafOf(ctx context.Context) *x509.Certificate {
-	p, ok := peer.FromContext(ctx)
-	if !ok {
-		return nil
-	}
-	info, ok := p.AuthInfo.(credentials.TLSInfo)
-	if !ok || len(info.State.PeerCertificates) == 0 {
-		return nil
-	}
-	return info.State.PeerCertificates[0]
 }
 
 // admit judges a call before its request is looked at.
@@ -122,6 +100,12 @@ func (g *gate) allowInstance(ctx context.Context, p authz.Permission, id secret.
 // names nobody who would have been allowed.
 func errNotAllowed() error {
 	return &broker.Error{Reason: secret.CallerNotAllowed, Message: "no rule of the policy allows this caller this call; ask the broker's operator for one"}
+}
+
+// errTooManyWatches leaves room on a connection for the calls that are no watches.
+func errTooManyWatches() error {
+	return &broker.Error{Reason: secret.CallerQuotaExceeded, RetryAfter: time.Minute,
+		Message: fmt.Sprintf("a connection has at most %d watches at once: watch more secrets in each (up to %d), or use another connection", maxWatches, maxWatched)}
 }
 
 // visible gives the judgement of single secrets for a list, in which what is not

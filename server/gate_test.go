@@ -98,6 +98,12 @@ func decisions() map[string]decision {
 		service + "ListSecrets": {anyInstance: []string{consoleAPI, worker, operator}, request: func(instance string) proto.Message {
 			return &secretsv1.ListSecretsRequest{InstanceId: instance}
 		}},
+		service + "VerifyToken": {anyInstance: []string{consoleAPI}, request: func(instance string) proto.Message {
+			return &secretsv1.VerifyTokenRequest{InstanceId: instance, Token: "tok"}
+		}},
+		service + "WatchSecrets": {anyInstance: []string{consoleAPI, worker, operator}, own: []string{instanceDemo}, request: withRef(func(r *secretsv1.SecretRef) proto.Message {
+			return &secretsv1.WatchSecretsRequest{Refs: []*secretsv1.SecretRef{r}}
+		})},
 	}
 	for _, m := range []string{"Check", "List", "Watch"} {
 		table["/grpc.health.v1.Health/"+m] = decision{anyInstance: everybody()}

@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 
+	"google.golang.org/grpc"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	secretsv1 "github.com/exto/secrets-broker/gen/exto/secrets/v1"
@@ -50,7 +51,7 @@ func (s *service) GetSecret(ctx context.Context, in *secretsv1.GetSecretRequest)
 		Metadata:    metadata(result.Metadata),
 		Value:       result.Value.Reveal(),
 		NotModified: result.NotModified,
-		Freshness:   &secretsv1.Freshness{AsOf: timestamppb.New(result.AsOf), Source: secretsv1.FreshnessSource_FRESHNESS_SOURCE_LIVE},
+		Freshness:   &secretsv1.Freshness{AsOf: timestamppb.New(result.AsOf), Source: secretsv1.FreshnessSource(result.Source)},
 	}, nil
 }
 
@@ -107,6 +108,25 @@ func (s *service) RecoverSecret(ctx context.Context, in *secretsv1.RecoverSecret
 	return &secretsv1.RecoverSecretResponse{Metadata: metadata(result)}, nil
 }
 
+func (s *service) VerifyToken(ctx context.Context, in *secretsv1.VerifyTokenRequest) (*secretsv1.VerifyTokenResponse, error) {
+	key, token, err := parseVerify(in)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.gate.allow(ctx, authz.Verify, key); err != nil {
+		return nil, err
+	}
+	v, err := s.broker.Verify(ctx, callFrom(ctx).broker(), key, token)
+	if err != nil {
+		return nil, err
+	}
+	return &secretsv1.VerifyTokenResponse{
+		Result:     secretsv1.VerifyResult(v.Result),
+		Generation: v.Generation,
+		ExpireTime: timestamp(v.ExpireTime),
+	}, nil
+}
+
 func (s *service) DescribeSecret(ctx context.Context, in *secretsv1.DescribeSecretRequest) (*secretsv1.DescribeSecretResponse, error) {
 	key, err := parseRef(in.GetRef())
 	if err != nil {
@@ -146,4 +166,25 @@ func (s *service) ListSecrets(ctx context.Context, in *secretsv1.ListSecretsRequ
 		out.Secrets = append(out.Secrets, metadata(m))
 	}
 	return out, nil
+}
+
+func (s *service) WatchSecrets(in *secretsv1.WatchSecretsRequest, stream grpc.ServerStreamingServer[secretsv1.WatchSecretsResponse]) error {
+	ctx := stream.Context()
+	keys, err := parseWatch(in)
+	if err != nil {
+		return err
+	}
+	for _, key := range keys {
+		if err := s.gate.allow(ctx, authz.Watch, key); err != nil {
+			return err
+		}
+	}
+	conn := connectionOf(ctx)
+	defer conn.watches.Add(-1)
+	if conn.watches.Add(1) > maxWatches {
+		return errTooManyWatches()
+	}
+	return s.broker.Watch(ctx, callFrom(ctx).broker(), keys, func(e broker.Event) error {
+		return stream.Send(&secretsv1.WatchSecretsResponse{Type: secretsv1.ChangeType(e.Change), Metadata: metadata(e.Metadata)})
+	})
 }

@@ -1,7 +1,9 @@
 package server
 
 import (
+	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/google/uuid"
@@ -17,6 +19,7 @@ const (
 	defaultPage = 100
 	maxPage     = 1000
 	maxGrace    = 24 * time.Hour
+	maxWatched  = 256
 )
 
 // invalid refuses a request for one of its fields. The message says what is
@@ -102,9 +105,12 @@ func parseGet(in *secretsv1.GetSecretRequest) (req broker.GetRequest, err error)
 	if req.Key, err = parseRef(in.GetRef()); err != nil {
 		return req, err
 	}
-	// Every read goes to the vault, so that whatever bound is met.
-	if _, err = parseDuration(in.GetMaxStaleness(), "max_staleness"); err != nil {
-		return req, err
+	if in.GetMaxStaleness() != nil {
+		bound, err := parseDuration(in.GetMaxStaleness(), "max_staleness")
+		if err != nil {
+			return req, err
+		}
+		req.MaxStaleness = &bound
 	}
 	req.Version, req.MinGeneration, req.KnownVersion = in.GetVersion(), in.GetMinGeneration(), in.GetKnownVersion()
 	if req.MinGeneration < 0 {
@@ -151,6 +157,40 @@ func parseRecover(in *secretsv1.RecoverSecretRequest) (req broker.RecoverRequest
 	}
 	req.RequestID = in.GetRequestId()
 	return req, checkRequestID(req.RequestID)
+}
+
+// parseVerify reads all but what cannot be a token, which is for the broker to judge.
+func parseVerify(in *secretsv1.VerifyTokenRequest) (secret.Key, secret.Value, error) {
+	id, err := parseInstance(in.GetInstanceId(), "instance_id")
+	if err != nil {
+		return secret.Key{}, secret.Value{}, err
+	}
+	if in.GetToken() == "" {
+		return secret.Key{}, secret.Value{}, invalid(secret.InvalidValue, "token", "required: what the instance presented")
+	}
+	key, err := secret.NewKey(id, secret.RegistrationToken)
+	return key, secret.NewValue(in.GetToken()), err
+}
+
+func parseWatch(in *secretsv1.WatchSecretsRequest) ([]secret.Key, error) {
+	if n := len(in.GetRefs()); n < 1 || n > maxWatched {
+		return nil, invalid(secret.InvalidRequest, "refs", "from 1 to %d", maxWatched)
+	}
+	keys := make([]secret.Key, 0, len(in.GetRefs()))
+	seen := map[secret.Key]bool{}
+	for i, ref := range in.GetRefs() {
+		key, err := parseRef(ref)
+		if e := (*broker.Error)(nil); errors.As(err, &e) {
+			// As the contract names it, with its place in the list.
+			return nil, invalid(e.Reason, fmt.Sprintf("refs[%d]%s", i, strings.TrimPrefix(e.Field, "ref")), "%s", strings.TrimPrefix(e.Message, e.Field+": "))
+		}
+		if seen[key] {
+			return nil, invalid(secret.InvalidRequest, fmt.Sprintf("refs[%d]", i), "each secret once")
+		}
+		seen[key] = true
+		keys = append(keys, key)
+	}
+	return keys, nil
 }
 
 func parseList(in *secretsv1.ListSecretsRequest) (req broker.ListRequest, err error) {

@@ -32,7 +32,8 @@ import (
 const (
 	maxRequestBytes = 64 << 10
 	maxHeaderBytes  = 16 << 10
-	maxStreams      = 2 * 1024
+	maxStreams      = 2 * maxWatches
+	maxWatches      = 1024
 	// handshakeTimeout sheds connections that never finish their handshake;
 	// gRPC's own bound is 120 s.
 	handshakeTimeout = 20 * time.Second

@@ -124,7 +124,7 @@ func (x *subject) patch(change func(*vault.Patch)) {
 }
 
 func (x *subject) get(version string) (*secretsv1.GetSecretResponse, error) {
-	return x.c.GetSecret(x.ctx, &secretsv1.GetSecretRequest{Ref: x.ref, Version: version})
+	return x.c.GetSecret(x.ctx, &secretsv1.GetSecretRequest{Ref: x.ref, Version: version, MaxStaleness: durationpb.New(0)})
 }
 
 // wantValue checks what a read gives now.

@@ -40,6 +40,7 @@ var code = map[secret.Reason]codes.Code{
 	secret.KeyMismatch:            codes.FailedPrecondition,
 	secret.CallerUnknown:          codes.Unauthenticated,
 	secret.CallerNotAllowed:       codes.PermissionDenied,
+	secret.CallerQuotaExceeded:    codes.ResourceExhausted,
 	secret.VaultUnavailable:       codes.Unavailable,
 	secret.VaultThrottled:         codes.Unavailable,
 	secret.VaultRefused:           codes.Unavailable,

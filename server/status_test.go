@@ -543,6 +543,7 @@ func TestSecretFieldsAreMarked(t *testing.T) {
 		"DeleteSecretRequest.must_match_version", "DeleteSecretRequest.request_id",
 		"RecoverSecretRequest.request_id",
 		"DescribeSecretResponse.redacted_value",
+		"VerifyTokenRequest.instance_id",
 		"ListSecretsRequest.instance_id", "ListSecretsRequest.page_token",
 		"ListSecretsResponse.next_page_token",
 	} {
@@ -551,6 +552,7 @@ func TestSecretFieldsAreMarked(t *testing.T) {
 	secrets := map[string]bool{
 		"PutSecretRequest.value": true, "GetSecretResponse.value": true,
 		"RotateSecretRequest.new_value": true, "RotateSecretResponse.value": true,
+		"VerifyTokenRequest.token": true,
 	}
 	file := secretsv1.File_exto_secrets_v1_secrets_proto
 	var walk func(protoreflect.MessageDescriptors)

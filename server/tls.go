@@ -1,6 +1,7 @@
 package server
 
 import (
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -10,8 +11,12 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/peer"
+
+	"github.com/exto/secrets-broker/server/authz"
 )
 
 // TLSFiles names the PEM files by which connections are secured. All are
@@ -140,7 +145,39 @@ func (h *handshakes) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthIn
 		defer h.mu.Unlock()
 		delete(h.pending, raw)
 	}()
-	return h.TransportCredentials.ServerHandshake(raw)
+	conn, info, err := h.TransportCredentials.ServerHandshake(raw)
+	if tlsInfo, ok := info.(credentials.TLSInfo); ok {
+		info = newConnection(tlsInfo)
+	}
+	return conn, info, err
+}
+
+// connection is what is known of a client's connection, for all calls on it.
+type connection struct {
+	credentials.TLSInfo
+	caller  identity
+	watches atomic.Int32 // under way
+}
+
+// newConnection reads the certificate that the handshake verified.
+func newConnection(info credentials.TLSInfo) *connection {
+	c := &connection{TLSInfo: info, caller: identity{problem: errNoCertificate}}
+	if len(info.State.PeerCertificates) > 0 {
+		leaf := info.State.PeerCertificates[0]
+		id, err := authz.CallerFromCertificate(leaf)
+		c.caller = identity{id: id, expires: leaf.NotAfter, problem: err}
+	}
+	return c
+}
+
+// connectionOf is the connection that a call came on.
+func connectionOf(ctx context.Context) *connection {
+	if p, ok := peer.FromContext(ctx); ok {
+		if c, ok := p.AuthInfo.(*connection); ok {
+			return c
+		}
+	}
+	return &connection{caller: identity{problem: errNoCertificate}}
 }
 
 // end closes the connections whose handshake is under way, and those to come.

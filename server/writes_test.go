@@ -624,7 +624,7 @@ func testDeadlineOfAnUnaryCallWithoutOne(t *testing.T, start func(*testing.T) *s
 		}
 		return nil
 	})
-	if _, err := x.c.GetSecret(context.Background(), &secretsv1.GetSecretRequest{Ref: x.ref}); err != nil {
+	if _, err := x.c.GetSecret(context.Background(), &secretsv1.GetSecretRequest{Ref: x.ref, MaxStaleness: durationOf(0)}); err != nil {
 		t.Fatal(err)
 	}
 	if got := <-left; got > 30*time.Second || got < 20*time.Second {

@@ -46,6 +46,8 @@ type serveCommand struct {
 type serverSettings struct {
 	MetricsAddress    string        `name:"metrics-address" env:"BROKER_METRICS_ADDRESS" default:"127.0.0.1:9464" help:"Address of /metrics, /healthz and /readyz."`
 	EmbeddedRetention time.Duration `name:"embedded-retention" env:"BROKER_EMBEDDED_RETENTION" default:"2160h" help:"How long the embedded store keeps what was deleted."`
+	CacheTTL          time.Duration `name:"cache-ttl" env:"BROKER_CACHE_TTL" default:"30s" help:"How old an answer may be when the caller names no bound."`
+	StaleOnError      time.Duration `name:"stale-on-error" env:"BROKER_STALE_ON_ERROR" default:"15m" help:"How old it may be when moreover the vault cannot be reached; 0: no older."`
 	ShutdownTimeout   time.Duration `name:"shutdown-timeout" env:"BROKER_SHUTDOWN_TIMEOUT" default:"15s" help:"How long a shutdown waits for the calls under way."`
 	logSettings
 }
@@ -87,6 +89,10 @@ func (c serveCommand) check() error {
 		return errors.New("BROKER_METRICS_ADDRESS (--metrics-address) is empty: set it to an address such as 127.0.0.1:9464")
 	case c.EmbeddedRetention <= 0:
 		return errors.New("BROKER_EMBEDDED_RETENTION (--embedded-retention) is not positive: set it to a duration such as 2160h")
+	case c.CacheTTL <= 0:
+		return errors.New("BROKER_CACHE_TTL (--cache-ttl) is not positive: set it to a duration such as 30s; a caller that wants no answer from memory sets max_staleness to 0s")
+	case c.StaleOnError < 0:
+		return errors.New("BROKER_STALE_ON_ERROR (--stale-on-error) is negative: set it to a duration such as 15m, or to 0 for none")
 	case c.ShutdownTimeout <= 0:
 		return errors.New("BROKER_SHUTDOWN_TIMEOUT (--shutdown-timeout) is not positive: set it to a duration such as 15s")
 	}
@@ -130,7 +136,11 @@ func (c serveCommand) serve(ctx context.Context, s streams, listening func(net.A
 	log.Info("broker starts", buildAttrs()...)
 	logStore(log, store.Info())
 
-	heart := broker.New(broker.Config{Vault: store, Logger: log})
+	stale := c.StaleOnError
+	if stale == 0 {
+		stale = broker.NoStaleOnError
+	}
+	heart := broker.New(broker.Config{Vault: store, CacheTTL: c.CacheTTL, StaleOnError: stale, Logger: log})
 	metrics := prometheus.NewRegistry()
 	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	face, err := server.New(server.Config{Broker: heart, Policy: policy, TLS: tlsConfig, Logger: log, Metrics: metrics})

@@ -16,6 +16,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server/vault"
 )
@@ -30,6 +32,9 @@ const noticeCut = time.Second
 type Config struct {
 	// Vault keeps the secrets. Required. The caller closes it, after Close.
 	Vault vault.Vault
+	// CacheTTL is how old an answer may be when the caller names no bound, and
+	// StaleOnError when moreover the vault cannot be reached. Zero means the defaults.
+	CacheTTL, StaleOnError time.Duration
 	// Logger takes what no caller is told, such as tags that had to be dropped.
 	// Required.
 	Logger *slog.Logger
@@ -54,6 +59,14 @@ type Broker struct {
 	// milliseconds, forced upward by any later one that is found in the vault.
 	epoch atomic.Int64
 	locks lockTable
+
+	ttl, stale time.Duration
+	cache      *cache
+	watches    watches
+	digests    digests
+	vain       *rate.Limiter  // look-ups for tokens that match nothing
+	loads      sync.WaitGroup // flights and what polls, begun before closing
+	staleTold  atomic.Int64   // when the log said last that answers are stale; Unix ns
 
 	mu      sync.Mutex
 	known   map[secret.Key]known
@@ -91,6 +104,16 @@ func New(cfg Config) *Broker {
 	if b.now == nil {
 		b.now = time.Now
 	}
+	if b.ttl = cfg.CacheTTL; b.ttl == 0 {
+		b.ttl = DefaultCacheTTL
+	}
+	if b.stale = cfg.StaleOnError; b.stale == 0 {
+		b.stale = DefaultStaleOnError
+	}
+	b.cache = newCache(max(b.ttl, b.stale))
+	b.digests = newDigests()
+	b.vain = rate.NewLimiter(vain, vainBurst)
+	b.watches.keys = map[secret.Key]*watched{}
 	b.locks.held = map[secret.Key]*lock{}
 	b.epoch.Store(b.now().UnixMilli())
 	b.stopped, b.stop = context.WithCancel(context.Background())
@@ -99,7 +122,7 @@ func New(cfg Config) *Broker {
 
 // Close refuses further writes and waits for those under way until ctx ends;
 // then it cuts them off, as a crash would, and waits for them to notice, at most
-// a second. Reads are not stopped: their callers' contexts end them.
+// a second. Reads that still wait for the vault then, and watches, end too.
 func (b *Broker) Close(ctx context.Context) {
 	b.mu.Lock()
 	b.closing = true
@@ -115,11 +138,28 @@ func (b *Broker) Close(ctx context.Context) {
 		b.log.Warn("writes cut off by shutdown; a retry with the same request id tells what became of them")
 	}
 	b.stop()
+	quiet := make(chan struct{})
+	go func() {
+		<-done
+		b.loads.Wait()
+		close(quiet)
+	}()
 	select {
-	case <-done:
+	case <-quiet:
 	case <-time.After(noticeCut):
-		b.log.Error("the vault does not let go of a write; shutting down without its outcome")
+		b.log.Error("the vault does not let go of a request; shutting down without its outcome")
 	}
+	b.cache.close()
+}
+
+// background counts what Close waits for; false when it does not any more.
+func (b *Broker) background() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if !b.closing {
+		b.loads.Add(1)
+	}
+	return !b.closing
 }
 
 // Check reports whether the vault can be used now.

@@ -83,6 +83,8 @@ func (b *Broker) Delete(ctx context.Context, call Call, req DeleteRequest) (*Met
 			e.Message = "the secret is deleted for every caller of the broker, but the vault has yet to delete it: the same request ends that. " + e.Message
 			return nil, withCommit(e, secret.Applied)
 		}
+		s.asOf = op.sentAt
+		op.after = b.entryOf(s)
 		m := s.metadata(s.current)
 		return &m, nil
 	})
@@ -217,7 +219,12 @@ func (b *Broker) Recover(ctx context.Context, call Call, req RecoverRequest) (Me
 			return Metadata{}, b.recovered(ctx, op, marked, err)
 		}
 		b.unhide(op.key)
-		s.state, s.deletedAt, s.purgeAt = Active, time.Time{}, time.Time{}
+		s.state, s.deletedAt, s.purgeAt, s.asOf = Active, time.Time{}, time.Time{}, op.sentAt
+		if !enabled {
+			s.state = Disabled
+		}
+		op.after = b.entryOf(s)
+		op.after.partial = enabled // what was deleted was not read
 		return s.metadata(s.current), nil
 	})
 }

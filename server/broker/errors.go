@@ -65,6 +65,8 @@ func vaultError(ctx context.Context, key secret.Key, err error) *Error {
 	switch {
 	case errors.As(err, &e):
 		return e
+	case errors.Is(err, errTooLate):
+		e = errDeadline(key)
 	case errors.Is(err, vault.ErrThrottled):
 		e = refuse(key, secret.VaultThrottled, "the vault takes no more requests now; try again after the time in RetryInfo")
 		e.RetryAfter = max(throttleRetry, vault.RetryAfter(err))
@@ -88,7 +90,11 @@ func vaultError(ctx context.Context, key secret.Key, err error) *Error {
 // contextError says how the caller's context ended.
 func contextError(ctx context.Context, key secret.Key) *Error {
 	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
-		return refuse(key, secret.DeadlineExceeded, "the call's deadline passed before the broker was done; give it more time")
+		return errDeadline(key)
 	}
 	return refuse(key, secret.Cancelled, "the caller ended the call")
+}
+
+func errDeadline(key secret.Key) *Error {
+	return refuse(key, secret.DeadlineExceeded, "the call's deadline passed before the broker was done; give it more time")
 }

@@ -2,9 +2,42 @@ package broker
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"math"
 	"time"
 
 	"github.com/exto/secrets-broker/secret"
+	"github.com/exto/secrets-broker/server/vault"
+)
+
+const (
+	// DefaultCacheTTL and DefaultStaleOnError are the broker's own bounds.
+	DefaultCacheTTL     = 30 * time.Second
+	DefaultStaleOnError = 15 * time.Minute
+	// NoStaleOnError, as Config.StaleOnError, lets no outage widen a bound.
+	NoStaleOnError time.Duration = -1
+	// absentFor is how long it is believed that there is no such secret or version.
+	absentFor = 5 * time.Second
+	// renewal is how long the vault may take for an answer that nobody waits for: a
+	// value that is used in the last quarter of its time is renewed ahead.
+	renewal = 30 * time.Second
+	// patience is how long a read waits for the vault when it could be answered from
+	// memory, and outagePatience while the vault could not be reached in the last
+	// outageFor.
+	patience       = 2 * time.Second
+	outagePatience = 300 * time.Millisecond
+	outageFor      = 10 * time.Second
+)
+
+// Source says where an answer came from.
+type Source int
+
+// The sources, numbered as in the contract.
+const (
+	Live Source = iota + 1
+	Cached
+	StaleOnError
 )
 
 // GetRequest asks for a value.
@@ -12,7 +45,11 @@ type GetRequest struct {
 	Key secret.Key
 	// Version is the wanted version; empty: the current one.
 	Version string
-	// MinGeneration is the lowest generation that will do, but that 0 always does.
+	// MaxStaleness is how old the answer may be; nil: the broker's own bound, which
+	// an outage of the vault widens.
+	MaxStaleness *time.Duration
+	// MinGeneration is the lowest generation that will do, but that 0 in the vault
+	// always does.
 	MinGeneration int64
 	// KnownVersion, when it is the current version, is answered without value.
 	KnownVersion string
@@ -24,43 +61,250 @@ type GetResult struct {
 	Value       secret.Value
 	NotModified bool
 	// AsOf is when the vault was asked.
-	AsOf time.Time
+	AsOf   time.Time
+	Source Source
 }
 
-// Get reads a value from the vault.
+// Get reads a value, from memory where that is young enough.
 func (b *Broker) Get(ctx context.Context, call Call, req GetRequest) (GetResult, error) {
-	ctx = call.on(ctx)
-	result, err := steady(func() (GetResult, error) { return b.get(ctx, req) })
+	n := need{key: req.Key, version: req.Version, max: b.ttl, own: true, least: req.MinGeneration, depth: live, priority: vault.Reading, call: call}
+	if req.MaxStaleness != nil {
+		n.max, n.own = *req.MaxStaleness, false
+	}
+	a, err := b.read(ctx, n)
 	if err != nil {
 		return GetResult{}, vaultError(ctx, req.Key, err)
 	}
-	return result, nil
-}
-
-func (b *Broker) get(ctx context.Context, req GetRequest) (GetResult, error) {
-	s, err := b.load(ctx, req.Key, whole)
-	if err != nil {
+	result := GetResult{Source: a.source}
+	if err := b.serve(a, &result); err != nil {
 		return GetResult{}, err
 	}
-	if s.hasLate() {
-		b.repair(req.Key)
-	}
-	want := req.Version
-	if want == "" {
-		want = s.current.Version
-	}
-	v, value, err := b.valueOf(ctx, s, want)
-	if err != nil {
-		return GetResult{}, err
-	}
-	if v.generation > 0 && v.generation < req.MinGeneration {
-		return GetResult{}, refuse(req.Key, secret.StalenessUnsatisfiable, "the vault holds generation %d, which is below min_generation %d", v.generation, req.MinGeneration)
-	}
-	result := GetResult{Metadata: s.metadata(v), Value: value, AsOf: s.asOf}
-	if v.Version == s.current.Version && v.Version == req.KnownVersion {
+	if req.KnownVersion != "" && req.KnownVersion == result.Version && a.older == nil {
 		result.Value, result.NotModified = secret.Value{}, true
 	}
 	return result, nil
+}
+
+// answer is what a read found: the secret, and the wanted version where that is not
+// the current one.
+type answer struct {
+	entry  *entry
+	older  *older
+	source Source
+}
+
+// serve judges whether what was found may be read now.
+func (b *Broker) serve(a answer, r *GetResult) error {
+	e := a.entry
+	switch {
+	case e.State == Absent, e.State == Deleted:
+		return errNotFound(e.Key)
+	case a.older == nil && e.State == Disabled:
+		return errReadDisabled(e.Key)
+	case a.older == nil:
+		r.Metadata, r.Value, r.AsOf = e.Metadata, e.value, e.asOf
+		return nil
+	}
+	o := a.older
+	switch {
+	case o.refusal != nil:
+		return o.refusal
+	case o.over(b.now()):
+		return errExpired(e.Key)
+	}
+	r.Metadata, r.Value, r.AsOf = o.Metadata, o.value, o.asOf
+	return nil
+}
+
+// over reports whether its grace is.
+func (o *older) over(now time.Time) bool {
+	return !o.ExpireTime.IsZero() && !now.Before(o.ExpireTime)
+}
+
+// read finds a secret, in memory or in the vault.
+func (b *Broker) read(ctx context.Context, n need) (answer, error) {
+	n.began = b.now()
+	e := b.cache.get(n.key)
+	if o, ok := n.met(e, n.max, n.began); ok {
+		if n.own && age(n.began, e.asOf) >= b.ttl*3/4 && e.renewed.CompareAndSwap(false, true) {
+			b.renew(n)
+		}
+		return answer{e, o, Cached}, nil
+	}
+	return b.ask(ctx, n)
+}
+
+// met reports whether what is kept of a secret is an answer that is no older than
+// bound.
+func (n *need) met(e *entry, bound time.Duration, now time.Time) (*older, bool) {
+	if e == nil {
+		return nil, false
+	}
+	var o *older
+	asOf := e.asOf
+	switch {
+	case e.State == Absent, e.State == Deleted:
+		if n.least > 0 || n.depth == whole && e.unsure {
+			return nil, false
+		}
+		bound = min(bound, absentFor)
+	case n.version != "" && n.version != e.Version:
+		if o = e.find(n.version); o == nil {
+			return nil, false
+		}
+		if asOf = o.asOf; o.refusal != nil {
+			bound = min(bound, absentFor)
+		}
+	case e.Generation < n.least:
+		return nil, false
+	}
+	return o, asOf.After(n.began) || bound > 0 && age(now, asOf) <= bound
+}
+
+// renew asks for a newer answer in the background.
+func (b *Broker) renew(n need) {
+	n.priority, n.max = vault.Rest, absentFor
+	b.board(time.Now().Add(renewal), &n) // nobody leaves it: it ends by itself
+}
+
+// ask waits for the vault's answer, and falls back on memory where that is allowed.
+func (b *Broker) ask(ctx context.Context, n need) (answer, error) {
+	deadline, _ := ctx.Deadline()
+	var last *flight
+	for {
+		f, after := b.board(deadline, &n)
+		if f == nil {
+			return answer{}, errNotAsked
+		}
+		err := b.await(ctx, &n, f, f != last)
+		last = f
+		now := b.now()
+		e := b.cache.get(n.key)
+		switch {
+		case err == nil && n.unmet(f.entry) && !after:
+			n.max = 0 // it was asked for before this read began
+			continue
+		case err == nil && n.unmet(f.entry):
+			return answer{}, refuse(n.key, secret.StalenessUnsatisfiable, "the vault holds generation %d, which is below min_generation %d", f.entry.Generation, n.least)
+		case err == nil:
+			return answer{f.entry, f.older, Live}, nil
+		case errors.Is(err, errElsewhere):
+			if o, ok := n.met(e, n.max, now); ok {
+				return answer{e, o, Live}, nil
+			}
+			continue
+		case f.hurried(err) && (deadline.IsZero() || f.deadline.Before(deadline)):
+			continue // with one of its own
+		case b.stopped.Err() != nil:
+			return answer{}, refuse(n.key, secret.ShuttingDown, "this broker is shutting down; try again, at another one if there is one")
+		case !unreachable(err):
+			return answer{}, err
+		}
+		if n.own {
+			if o, ok := n.met(e, b.stale, now); ok && (o != nil && o.refusal == nil || o == nil && e.State == Active) {
+				b.tellStale(err)
+				return answer{e, o, StaleOnError}, nil
+			}
+		}
+		if e != nil && e.State == Active && (!n.own || e.Generation < n.least) {
+			told := vaultError(ctx, n.key, err)
+			refusal := refuse(n.key, secret.StalenessUnsatisfiable, "the vault cannot be reached, and what the broker remembers is older than this call allows; try again, or allow more")
+			refusal.cause, refusal.RetryAfter = err, told.RetryAfter
+			return answer{}, refusal
+		}
+		return answer{}, err
+	}
+}
+
+// unmet reports that e is of a generation that will not do. One that was written
+// outside always does.
+func (n *need) unmet(e *entry) bool {
+	return (e.State == Active || e.State == Disabled) && e.Generation > 0 && e.Generation < n.least
+}
+
+var (
+	errNotAsked = errors.New("broker: the vault was asked a moment ago")
+	// errElsewhere: another flight brought an answer, or this one is another caller's
+	// and waits for its turn.
+	errElsewhere = errors.New("broker: to be asked for elsewhere")
+	errSlow      = fmt.Errorf("%w: it does not answer", vault.ErrUnavailable)
+	errNoTurn    = fmt.Errorf("%w: the turn did not come in time", vault.ErrThrottled)
+	// errTooLate: the caller has no more time.
+	errTooLate = fmt.Errorf("broker: no answer in time: %w", context.DeadlineExceeded)
+)
+
+// hurried reports that a flight ended for the deadline of the caller that began it.
+func (f *flight) hurried(err error) bool {
+	var told *Error
+	return !f.deadline.IsZero() && (errors.Is(err, context.DeadlineExceeded) || errors.Is(err, vault.ErrThrottled) ||
+		errors.As(err, &told) && told.Reason == secret.StalenessUnsatisfiable)
+}
+
+// await waits for f as long as this read may: up to its deadline, and less while
+// memory could answer it. It looks elsewhere when that is said and may be better.
+func (b *Broker) await(ctx context.Context, n *need, f *flight, elsewhere bool) error {
+	limit := time.Duration(math.MaxInt64)
+	if until, ok := vault.Until(ctx); ok {
+		limit = time.Until(until)
+	}
+	now, impatient := b.now(), false
+	e := b.cache.get(n.key)
+	if n.own && e != nil {
+		wait := patience
+		if failed := e.failed.Load(); failed != 0 && now.Sub(time.Unix(0, failed)) < outageFor {
+			wait = outagePatience
+		}
+		wait = max(0, wait-age(now, f.began))
+		if _, ok := n.met(e, b.stale, now); ok && wait < limit {
+			limit, impatient = wait, true
+		}
+	}
+	timer := time.NewTimer(limit)
+	defer timer.Stop()
+	waits, newer := f.waits, f.newer
+	if !elsewhere {
+		waits, newer = nil, nil
+	} else if f.caller == n.call.Caller && f.priority >= n.priority {
+		waits = nil
+	}
+	err := errElsewhere
+	select {
+	case <-f.done:
+		return f.err
+	case <-newer:
+	case <-waits:
+	case <-ctx.Done():
+		err = ctx.Err()
+	case <-timer.C:
+		if impatient {
+			// It is not left, and goes on: whoever comes next is to find the vault back.
+			e.failed.Store(now.UnixNano())
+			return errSlow
+		}
+		err = b.tooLate(f)
+	}
+	b.leave(f)
+	return err
+}
+
+// tooLate says what f waited for in vain.
+func (b *Broker) tooLate(f *flight) error {
+	s := b.cache.shard(f.key)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if f.queued {
+		return errNoTurn
+	}
+	return errTooLate
+}
+
+// tellStale logs now and then that answers are old.
+func (b *Broker) tellStale(why error) {
+	now := b.now()
+	last := b.staleTold.Load()
+	if now.Sub(time.Unix(0, last)) >= time.Minute && b.staleTold.CompareAndSwap(last, now.UnixNano()) {
+		b.log.Warn("the vault cannot be reached: reads are answered from memory", "at_most_old", b.stale, "error", why)
+	}
 }
 
 // valueOf judges whether a version may be read, and reads it.
@@ -70,7 +314,7 @@ func (b *Broker) valueOf(ctx context.Context, s *snapshot, id string) (version, 
 	}
 	if id == s.current.Version {
 		if s.state == Disabled {
-			return version{}, secret.Value{}, refuse(s.key, secret.SecretDisabled, "somebody disabled this secret in the vault; have it enabled there")
+			return version{}, secret.Value{}, errReadDisabled(s.key)
 		}
 		return s.current, s.value, nil
 	}
@@ -84,7 +328,7 @@ func (b *Broker) valueOf(ctx context.Context, s *snapshot, id string) (version, 
 		return version{}, secret.Value{}, refuse(s.key, secret.VersionExpired, "this version is from before the secret was deleted and overwritten; read the current one")
 	}
 	if end := s.expiry(v); !end.IsZero() && !b.now().Before(end) {
-		return version{}, secret.Value{}, refuse(s.key, secret.VersionExpired, "this version was replaced by a rotation and its grace is over; read the current one")
+		return version{}, secret.Value{}, errExpired(s.key)
 	}
 	if !v.Enabled {
 		return version{}, secret.Value{}, refuse(s.key, secret.SecretDisabled, "this version is disabled in the vault; read the current one")
@@ -100,49 +344,10 @@ func errNotFound(key secret.Key) error {
 	return refuse(key, secret.SecretNotFound, "there is no such secret, or it is deleted")
 }
 
-// Description is all that is known of a secret but its value.
-type Description struct {
-	Metadata
-	// Redacted is what may be shown of the value; empty unless Active.
-	Redacted string
-	// Versions are all versions, the current one first, then newest first; of a
-	// deleted secret the current one alone.
-	Versions []Metadata
+func errReadDisabled(key secret.Key) error {
+	return refuse(key, secret.SecretDisabled, "somebody disabled this secret in the vault; have it enabled there")
 }
 
-// Describe reads what is known of a secret from the vault.
-func (b *Broker) Describe(ctx context.Context, call Call, key secret.Key) (Description, error) {
-	ctx = call.on(ctx)
-	d, err := steady(func() (Description, error) { return b.describe(ctx, key) })
-	if err != nil {
-		return Description{}, vaultError(ctx, key, err)
-	}
-	return d, nil
-}
-
-func (b *Broker) describe(ctx context.Context, key secret.Key) (Description, error) {
-	s, err := b.load(ctx, key, whole)
-	if err != nil {
-		return Description{}, err
-	}
-	if s.hasLate() {
-		b.repair(key)
-	}
-	d := Description{Metadata: s.metadata(s.current)}
-	switch s.state {
-	case Absent:
-		return Description{}, errNotFound(key)
-	case Deleted:
-		d.Versions = []Metadata{d.Metadata}
-		return d, nil
-	case Active:
-		d.Redacted = secret.Redact(key.Kind(), s.value)
-	}
-	if err := b.list(ctx, s); err != nil {
-		return Description{}, err
-	}
-	for _, v := range s.listed {
-		d.Versions = append(d.Versions, s.metadata(v))
-	}
-	return d, nil
+func errExpired(key secret.Key) error {
+	return refuse(key, secret.VersionExpired, "this version was replaced by a rotation and its grace is over; read the current one")
 }

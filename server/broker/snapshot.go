@@ -113,7 +113,18 @@ func changed(err error) bool {
 func (b *Broker) loadOnce(ctx context.Context, key secret.Key, d depth, asked int) (*snapshot, error) {
 	s := &snapshot{key: key, asOf: b.now()}
 	hidings := b.countHidings()
-	props, value, err := b.vault.Get(ctx, key, "")
+	// What the origin wants to hear of is the first request alone, of which asOf tells.
+	origin := vault.OriginOf(ctx)
+	first := origin
+	first.Sends = func() {
+		s.asOf = b.now()
+		if origin.Sends != nil {
+			origin.Sends()
+		}
+	}
+	origin.Waits, origin.Sends = nil, nil
+	ctx = vault.WithOrigin(ctx, origin)
+	props, value, err := b.vault.Get(vault.WithOrigin(ctx, first), key, "")
 	switch {
 	case err == nil:
 		s.live, s.current, s.value, s.state = true, newVersion(props), value, Active

@@ -74,7 +74,14 @@ func (b *Broker) store(ctx context.Context, op *operation, s *snapshot, base ver
 			b.log.Warn("a late version is not disabled", "key", op.key.String(), "audit_id", op.AuditID, "version", s.late.Version, "error", err)
 		}
 	}
-	return &snapshot{key: op.key, state: Active, live: true, current: after}, nil
+	written := &snapshot{key: op.key, asOf: op.sentAt, state: Active, live: true, current: after, value: value}
+	op.after = b.entryOf(written)
+	if s.state == Active {
+		replaced := b.olderOf(s, s.current, s.value, nil)
+		replaced.asOf, replaced.ExpireTime = op.sentAt, after.graceEnd
+		op.after = op.after.with(replaced)
+	}
+	return written, nil
 }
 
 // sameWrite reports whether r would be the very write that was sent before, and

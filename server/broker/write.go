@@ -29,6 +29,12 @@ type operation struct {
 	depth  depth         // whether it has to look at what is deleted
 	minted secret.Value  // the token that it made
 	again  *pendingWrite // the same request, sent before with unknown outcome
+	// held reports that its first effect was sent, and sentAt when the last one was.
+	held   bool
+	sentAt time.Time
+	// after is the secret as the operation last saw or left it, for the reads that
+	// come after it; nil when that is not known.
+	after *entry
 	// begun reports that a step of it was done, so that the rest is not the
 	// caller's to wait for.
 	begun bool
@@ -93,7 +99,13 @@ func do[R any](b *Broker, ctx context.Context, op *operation, work func(context.
 
 	workCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), carryOn)
 	patience, _ := ctx.Deadline()
-	workCtx = vault.WithOrigin(workCtx, vault.Origin{Caller: op.Caller, RequestID: op.AuditID, Patience: patience, Effect: op.begin})
+	workCtx = vault.WithOrigin(workCtx, vault.Origin{Caller: op.Caller, RequestID: op.AuditID, Patience: patience, Effect: func() error {
+		err := op.begin()
+		if err == nil {
+			b.hold(op)
+		}
+		return err
+	}})
 	leave := context.AfterFunc(ctx, func() {
 		if op.phase.CompareAndSwap(pending, abandoned) {
 			cancel()
@@ -128,6 +140,9 @@ func do[R any](b *Broker, ctx context.Context, op *operation, work func(context.
 			leave()
 			cut()
 			cancel()
+			if op.held || op.after != nil {
+				b.end(op.key, op.after)
+			}
 			unlock()
 			b.writes.Done()
 			ended <- o
@@ -259,6 +274,7 @@ func (b *Broker) prepare(ctx context.Context, op *operation) (s *snapshot, base 
 		return nil, version{}, nil, refuse(op.key, secret.KeyMismatch, "a newer release wrote this secret in a format that this one cannot write; upgrade the broker")
 	}
 	b.raiseEpoch(base.epoch)
+	op.after = b.entryOf(s)
 	if op.asked {
 		for _, d := range s.history(base) {
 			if d.id == op.id {

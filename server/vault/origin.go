@@ -20,7 +20,26 @@ type Origin struct {
 	// Effect, unless nil, is called before each request that changes the vault.
 	// When it fails, the request is not sent, and the method ends with its error.
 	Effect func() error
+	// Priority says who goes first when the vault takes few requests.
+	Priority Priority
+	// Waits, unless nil, is called when a request has to wait for its turn, and Sends
+	// right before each time that a request is sent. A vault without a limit calls
+	// neither. They must not block.
+	Waits, Sends func()
 }
+
+// Priority orders the requests that wait for their turn: a greater one goes
+// first, though not so that a lesser one waits for good.
+type Priority int
+
+const (
+	// Rest is the zero value: writes, descriptions, lists, watches.
+	Rest Priority = iota
+	// Reading asks for a value.
+	Reading
+	// Verifying is to verify a token.
+	Verifying
+)
 
 type originKey struct{}
 

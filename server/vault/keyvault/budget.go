@@ -11,19 +11,25 @@ import (
 	"github.com/exto/secrets-broker/server/vault"
 )
 
-// class is what a request asks for. Those of a lower class go first when the
-// budget is short.
+// class is what a request is for. When the budget is short, the first class that
+// waits goes first.
 type class int
 
 const (
-	values   class = iota // one secret
-	listings              // many names
+	verifying class = iota
+	reading
+	rest     // of what is about one secret
+	listings // many names
 	classes
 )
 
 const (
 	// mostWaiting bounds the queue. Who comes then is refused at once.
 	mostWaiting = 10_000
+	// yieldEvery is which turn of a class goes to those behind it, if any wait. Else
+	// a flood of verifications, of instances that somebody made up, would stop all
+	// other reads for as long as it lasts.
+	yieldEvery = 4
 	// After a 429 nothing is sent for a while and then at half the rate, a tenth
 	// of the full rate more each second. Key Vault counts over 10 s.
 	throttlePause = time.Second
@@ -32,8 +38,8 @@ const (
 )
 
 // budget is the share of the vault's requests that may be used. Who finds it
-// spent waits, and callers take turns: each gets one before anybody gets two.
-// Safe for concurrent use.
+// spent waits, and within a class callers take turns: each gets one before anybody
+// gets two. Safe for concurrent use.
 type budget struct {
 	full rate.Limit
 
@@ -61,7 +67,10 @@ type waiter struct{ granted chan struct{} }
 type queue struct {
 	turns   []string // callers that have one waiting, in order of their turns
 	callers map[string][]*waiter
+	turn    int // of the class, since it last yielded one
 }
+
+func (q queue) empty() bool { return len(q.turns) == 0 }
 
 func (q *queue) push(caller string, w *waiter) {
 	if q.callers == nil {
@@ -86,11 +95,8 @@ func (q *queue) remove(caller string, w *waiter) {
 	q.turns = slices.Delete(q.turns, at, at+1)
 }
 
-// pop is the next request; nil when there is none.
+// pop takes the next request out of a queue that has one.
 func (q *queue) pop() *waiter {
-	if len(q.turns) == 0 {
-		return nil
-	}
 	caller := q.turns[0]
 	q.turns = q.turns[1:]
 	line := q.callers[caller]
@@ -105,8 +111,8 @@ func (q *queue) pop() *waiter {
 }
 
 // take waits until one request may be sent: errBudget when a call with ctx may not
-// wait so long.
-func (b *budget) take(ctx context.Context, c class, caller string) error {
+// wait so long. It tells the origin when it has to wait.
+func (b *budget) take(ctx context.Context, c class) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
@@ -119,12 +125,15 @@ func (b *budget) take(ctx context.Context, c class, caller string) error {
 		b.mu.Unlock()
 		return errBudget
 	}
-	w := &waiter{granted: make(chan struct{})}
-	b.queues[c].push(caller, w)
+	w, origin := &waiter{granted: make(chan struct{})}, vault.OriginOf(ctx)
+	b.queues[c].push(origin.Caller, w)
 	b.waiting++
 	b.arm()
 	b.mu.Unlock()
 
+	if origin.Waits != nil {
+		origin.Waits()
+	}
 	var tooLate <-chan time.Time
 	if until, ok := vault.Until(ctx); ok {
 		t := time.NewTimer(time.Until(until))
@@ -146,7 +155,7 @@ func (b *budget) take(ctx context.Context, c class, caller string) error {
 	case <-w.granted: // meanwhile; it may as well be used
 		return ctx.Err()
 	default:
-		b.queues[c].remove(caller, w)
+		b.queues[c].remove(origin.Caller, w)
 		b.waiting--
 		return err
 	}
@@ -188,9 +197,16 @@ func (b *budget) dispatch() {
 func (b *budget) next() *waiter {
 	b.waiting--
 	for c := range b.queues {
-		if w := b.queues[c].pop(); w != nil {
-			return w
+		q := &b.queues[c]
+		if q.empty() {
+			continue
 		}
+		q.turn++
+		behind := slices.ContainsFunc(b.queues[c+1:], func(q queue) bool { return !q.empty() })
+		if !behind || q.turn < yieldEvery {
+			return q.pop()
+		}
+		q.turn = 0
 	}
 	panic("keyvault: more are waiting than are in the queues")
 }

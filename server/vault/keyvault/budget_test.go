@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -30,13 +32,18 @@ func spend(t *testing.T, b *budget) int {
 	}
 }
 
+// by is ctx for a request of caller.
+func by(ctx context.Context, caller string) context.Context {
+	return vault.WithOrigin(ctx, vault.Origin{Caller: caller})
+}
+
 // line has so many requests of caller wait, in order. Each sends its name when it
 // is let go.
 func line(t *testing.T, b *budget, c class, caller string, n int, let chan<- string) {
 	t.Helper()
 	for range n {
 		go func() {
-			if err := b.take(t.Context(), c, caller); err == nil {
+			if err := b.take(by(t.Context(), caller), c); err == nil {
 				let <- caller
 			}
 		}()
@@ -61,7 +68,7 @@ func TestBudgetRate(t *testing.T) {
 	bubble(t, 40, func(t *testing.T, b *budget) {
 		began := time.Now()
 		for range 10 + 400 {
-			if err := b.take(t.Context(), values, ""); err != nil {
+			if err := b.take(t.Context(), rest); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -76,9 +83,9 @@ func TestBudgetTakesTurns(t *testing.T) {
 	bubble(t, 1, func(t *testing.T, b *budget) {
 		spend(t, b)
 		let := make(chan string, 2000)
-		line(t, b, values, "a", 1000, let)
-		line(t, b, values, "b", 1, let)
-		line(t, b, values, "c", 2, let)
+		line(t, b, rest, "a", 1000, let)
+		line(t, b, rest, "b", 1, let)
+		line(t, b, rest, "c", 2, let)
 		var order []string
 		for range 6 {
 			order = append(order, <-let)
@@ -94,21 +101,127 @@ func TestBudgetTakesTurns(t *testing.T) {
 	})
 }
 
-func TestBudgetPutsValuesBeforeListings(t *testing.T) {
+// wantOrder looks in what order so many as want names are let go.
+func wantOrder(t *testing.T, let <-chan string, want string) {
+	t.Helper()
+	var order []string
+	for range strings.Fields(want) {
+		order = append(order, <-let)
+	}
+	if got := strings.Join(order, " "); got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+}
+
+func TestBudgetLetsTheFirstClassGoFirst(t *testing.T) {
 	t.Parallel()
 	bubble(t, 1, func(t *testing.T, b *budget) {
 		spend(t, b)
 		let := make(chan string, 10)
-		line(t, b, listings, "lister", 2, let)
-		line(t, b, values, "reader", 2, let)
-		var order []string
-		for range 4 {
-			order = append(order, <-let)
-		}
-		if got, want := fmt.Sprint(order), "[reader reader lister lister]"; got != want {
-			t.Errorf("got %s, want %s", got, want)
+		line(t, b, listings, "lister", 1, let)
+		line(t, b, rest, "writer", 2, let)
+		line(t, b, rest, "watcher", 1, let)
+		line(t, b, reading, "reader", 2, let)
+		line(t, b, reading, "other", 1, let)
+		line(t, b, verifying, "verifier", 2, let)
+		line(t, b, verifying, "console", 1, let)
+		// By turns within a class, and no class has so many that it yields.
+		wantOrder(t, let, "verifier console verifier reader other reader writer watcher writer lister")
+	})
+}
+
+// TestBudgetYields: each class goes on, whatever waits before it.
+func TestBudgetYields(t *testing.T) {
+	t.Parallel()
+	for name, tt := range map[string]struct {
+		waiting [classes]int
+		want    string // each class by its first letter
+	}{
+		"nobody behind":   {[classes]int{verifying: 9}, "v v v v v v v v v"},
+		"the next class":  {[classes]int{verifying: 9, reading: 3}, "v v v r v v v r v v v r"},
+		"only the last":   {[classes]int{verifying: 6, listings: 2}, "v v v l v v v l"},
+		"further behind":  {[classes]int{verifying: 15, reading: 4, rest: 1}, "v v v r v v v r v v v r v v v R v v v r"},
+		"without a first": {[classes]int{reading: 4, rest: 2}, "r r r R r R"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			bubble(t, 1, func(t *testing.T, b *budget) {
+				spend(t, b)
+				let := make(chan string, 30)
+				for c, letter := range [classes]string{"v", "r", "R", "l"} {
+					line(t, b, class(c), letter, tt.waiting[c], let)
+				}
+				wantOrder(t, let, tt.want)
+			})
+		})
+	}
+}
+
+// TestBudgetOfAFlood: no class lets one caller's thousands go before another's one.
+func TestBudgetOfAFlood(t *testing.T) {
+	t.Parallel()
+	for c := range classes {
+		bubble(t, 1, func(t *testing.T, b *budget) {
+			spend(t, b)
+			ctx, leave := context.WithCancel(by(t.Context(), "flood"))
+			var flood sync.WaitGroup
+			for range 5000 {
+				flood.Go(func() { _ = b.take(ctx, c) })
+			}
+			synctest.Wait()
+			for range 3 {
+				began := time.Now()
+				if err := b.take(by(t.Context(), "other"), c); err != nil {
+					t.Fatal(err)
+				}
+				if got := time.Since(began); got > 2*time.Second+10*time.Millisecond {
+					t.Errorf("class %d: waited %v, want one turn of the flood's and its own, 2 s", c, got)
+				}
+			}
+			leave()
+			flood.Wait()
+		})
+	}
+}
+
+// TestBudgetTellsWhoWaits, and may be asked meanwhile.
+func TestBudgetTellsWhoWaits(t *testing.T) {
+	t.Parallel()
+	bubble(t, 1, func(t *testing.T, b *budget) {
+		waits := 0
+		ctx := vault.WithOrigin(t.Context(), vault.Origin{Waits: func() {
+			waits++
+			b.served() // needs the mutex
+		}})
+		for want := range 3 { // the first need not wait
+			if err := b.take(ctx, rest); err != nil {
+				t.Fatal(err)
+			}
+			if waits != want {
+				t.Errorf("got %d calls of Waits, want %d", waits, want)
+			}
 		}
 	})
+}
+
+func TestClass(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		call     *call
+		priority vault.Priority
+		want     class
+	}{
+		{&call{op: "Get"}, vault.Verifying, verifying},
+		{&call{op: "Get"}, vault.Reading, reading},
+		{&call{op: "Get"}, vault.Rest, rest},
+		{&call{op: "Set", change: true}, vault.Rest, rest},
+		{&call{op: "List", listing: true}, vault.Verifying, listings},
+		{&call{op: probeOp}, vault.Rest, verifying},
+	} {
+		if got := tt.call.class(tt.priority); got != tt.want {
+			t.Errorf("%s of priority %d: got class %d, want %d", tt.call.op, tt.priority, got, tt.want)
+		}
+	}
 }
 
 // TestBudgetForgetsWhoLeft: he takes no turn, no request and no place.
@@ -120,13 +233,13 @@ func TestBudgetForgetsWhoLeft(t *testing.T) {
 		ctx, leave := context.WithCancel(t.Context())
 		left := make(chan error, 10)
 		for range 3 {
-			go func() { left <- b.take(ctx, values, "a") }()
+			go func() { left <- b.take(by(ctx, "a"), rest) }()
 			synctest.Wait()
 		}
-		line(t, b, values, "b", 1, let)
-		go func() { left <- b.take(ctx, values, "b") }()
+		line(t, b, rest, "b", 1, let)
+		go func() { left <- b.take(by(ctx, "b"), rest) }()
 		synctest.Wait()
-		line(t, b, values, "b", 1, let)
+		line(t, b, rest, "b", 1, let)
 		leave()
 		for range 4 {
 			if err := <-left; !errors.Is(err, context.Canceled) {
@@ -144,12 +257,12 @@ func TestBudgetForgetsWhoLeft(t *testing.T) {
 	})
 }
 
-// wantQueue looks how many requests wait for values, and of how many callers.
+// wantQueue looks how many requests wait, and of how many callers.
 func wantQueue(t *testing.T, b *budget, waiting, callers int) {
 	t.Helper()
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	q, in := &b.queues[values], 0
+	q, in := &b.queues[rest], 0
 	for _, line := range q.callers {
 		in += len(line)
 	}
@@ -166,10 +279,10 @@ func TestBudgetBoundsTheQueue(t *testing.T) {
 		ctx, leave := context.WithCancel(t.Context())
 		ended := make(chan error, mostWaiting)
 		for range mostWaiting {
-			go func() { ended <- b.take(ctx, values, "a") }()
+			go func() { ended <- b.take(by(ctx, "a"), rest) }()
 		}
 		synctest.Wait()
-		if err := b.take(t.Context(), values, "b"); !errors.Is(err, errBudget) {
+		if err := b.take(by(t.Context(), "b"), rest); !errors.Is(err, errBudget) {
 			t.Errorf("got %v, want errBudget at once", err)
 		}
 		leave()
@@ -179,7 +292,7 @@ func TestBudgetBoundsTheQueue(t *testing.T) {
 		short, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
 		began := time.Now()
-		if err := b.take(short, values, "b"); !errors.Is(err, errBudget) || time.Since(began) < 800*time.Millisecond {
+		if err := b.take(by(short, "b"), rest); !errors.Is(err, errBudget) || time.Since(began) < 800*time.Millisecond {
 			t.Errorf("got %v after %v, want a place in the queue: those before have left", err, time.Since(began))
 		}
 	})
@@ -213,7 +326,7 @@ func TestBudgetRefusesBeforeTheDeadline(t *testing.T) {
 					ctx = vault.WithOrigin(ctx, vault.Origin{Patience: time.Now().Add(tt.patience)})
 				}
 				began := time.Now()
-				err := b.take(ctx, values, "")
+				err := b.take(ctx, rest)
 				if !errors.Is(err, errBudget) || !errors.Is(err, vault.ErrThrottled) {
 					t.Errorf("got %v, want errBudget", err)
 				}
@@ -230,7 +343,7 @@ func TestBudgetRefusesWhoIsGone(t *testing.T) {
 	bubble(t, 1, func(t *testing.T, b *budget) {
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
-		if err := b.take(ctx, values, ""); !errors.Is(err, context.Canceled) {
+		if err := b.take(ctx, rest); !errors.Is(err, context.Canceled) {
 			t.Errorf("got %v, want Canceled", err)
 		}
 		if got := spend(t, b); got != 1 {
@@ -246,7 +359,7 @@ func TestBudgetHoldsAfterARefusal(t *testing.T) {
 			began := time.Now()
 			b.throttled(after)
 			b.throttled(0) // a shorter one does not shorten it
-			if err := b.take(t.Context(), values, ""); err != nil {
+			if err := b.take(t.Context(), rest); err != nil {
 				t.Fatal(err)
 			}
 			if got := time.Since(began); got != want {

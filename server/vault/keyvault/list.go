@@ -22,7 +22,7 @@ func (v *Vault) Versions(ctx context.Context, key secret.Key) ([]vault.Propertie
 	var all []vault.Properties
 	for skip := ""; ; {
 		var page []vault.Properties
-		next, err := v.page(ctx, "Versions", values, skip, maxPage, func(ctx context.Context) (*string, error) {
+		next, err := v.page(ctx, "Versions", false, skip, maxPage, func(ctx context.Context) (*string, error) {
 			page = page[:0]
 			resp, err := v.client.NewListSecretPropertiesVersionsPager(key.String(), nil).NextPage(ctx)
 			if err != nil {
@@ -54,7 +54,7 @@ func (v *Vault) Versions(ctx context.Context, key secret.Key) ([]vault.Propertie
 // List gives a page of the live names.
 func (v *Vault) List(ctx context.Context, skip string, max int) (vault.Page, error) {
 	var page vault.Page
-	next, err := v.page(ctx, "List", listings, skip, max, func(ctx context.Context) (*string, error) {
+	next, err := v.page(ctx, "List", true, skip, max, func(ctx context.Context) (*string, error) {
 		page = vault.Page{}
 		resp, err := v.client.NewListSecretPropertiesPager(nil).NextPage(ctx)
 		if err != nil {
@@ -81,7 +81,7 @@ func (v *Vault) List(ctx context.Context, skip string, max int) (vault.Page, err
 // ListDeleted gives a page of the deleted names.
 func (v *Vault) ListDeleted(ctx context.Context, skip string, max int) (vault.Page, error) {
 	var page vault.Page
-	next, err := v.page(ctx, "ListDeleted", listings, skip, max, func(ctx context.Context) (*string, error) {
+	next, err := v.page(ctx, "ListDeleted", true, skip, max, func(ctx context.Context) (*string, error) {
 		page = vault.Page{}
 		resp, err := v.client.NewListDeletedSecretPropertiesPager(nil).NextPage(ctx)
 		if err != nil {
@@ -107,7 +107,7 @@ func (v *Vault) ListDeleted(ctx context.Context, skip string, max int) (vault.Pa
 
 // page reads one page. Host and path are always the vault's: of the link to the
 // next page nothing is kept but the skip token.
-func (v *Vault) page(ctx context.Context, op string, class class, skip string, max int, f func(context.Context) (next *string, err error)) (string, error) {
+func (v *Vault) page(ctx context.Context, op string, listing bool, skip string, max int, f func(context.Context) (next *string, err error)) (string, error) {
 	query := url.Values{"maxresults": {strconv.Itoa(min(max, maxPage))}}
 	if skip != "" {
 		if !isSkip(skip) {
@@ -116,7 +116,7 @@ func (v *Vault) page(ctx context.Context, op string, class class, skip string, m
 		query.Set(skipParam, skip)
 	}
 	var next string
-	err := v.readWith(ctx, op, class, query, func(ctx context.Context) error {
+	read := func(ctx context.Context) error {
 		link, err := f(ctx)
 		if err != nil || link == nil || *link == "" {
 			next = ""
@@ -126,7 +126,8 @@ func (v *Vault) page(ctx context.Context, op string, class class, skip string, m
 			err = errLink // who follows it never comes to an end
 		}
 		return err
-	})
+	}
+	err := v.again(ctx, func() error { return v.do(ctx, &call{op: op, listing: listing, query: query}, read) })
 	return next, err
 }
 

@@ -67,14 +67,27 @@ func (f policyFunc) Do(req *policy.Request) (*http.Response, error) { return f(r
 
 // call is one request of the SDK's: how far it came is written into it.
 type call struct {
-	op     string
-	change bool
-	class  class
-	query  url.Values // added to the request's own
+	op      string
+	change  bool
+	listing bool       // of many names
+	query   url.Values // added to the request's own
 
 	sent    atomic.Bool // handed to a connection, and not answered
 	status  int         // of the last answer; 0: none
 	refusal error       // why it was not sent
+}
+
+// class is the call's in the budget, by the priority of its origin.
+func (c *call) class(p vault.Priority) class {
+	switch {
+	case c.listing: // behind everything, whoever asks
+		return listings
+	case c.op == probeOp, p == vault.Verifying: // readiness is to be true also when many wait
+		return verifying
+	case p == vault.Reading:
+		return reading
+	}
+	return rest
 }
 
 type callKey struct{}
@@ -128,7 +141,7 @@ func addQuery(req *policy.Request) (*http.Response, error) {
 }
 
 // transmit is the last step before the network: it waits for the budget, says
-// that an effect begins, and bounds the request.
+// that an effect begins and that the request is sent, and bounds it.
 func (v *Vault) transmit(req *policy.Request) (*http.Response, error) {
 	ctx := req.Raw().Context()
 	c, ok := ctx.Value(callKey{}).(*call)
@@ -140,7 +153,7 @@ func (v *Vault) transmit(req *policy.Request) (*http.Response, error) {
 		budget = v.writes
 	}
 	origin := vault.OriginOf(ctx)
-	if c.refusal = budget.take(ctx, c.class, origin.Caller); c.refusal != nil {
+	if c.refusal = budget.take(ctx, c.class(origin.Priority)); c.refusal != nil {
 		return nil, c.refusal
 	}
 	if c.change && c.op != settleOp {
@@ -164,6 +177,9 @@ func (v *Vault) transmit(req *policy.Request) (*http.Response, error) {
 		GotConn: func(httptrace.GotConnInfo) { c.sent.Store(true) },
 	})
 	c.status = 0
+	if origin.Sends != nil {
+		origin.Sends()
+	}
 	resp, err := req.WithContext(bounded).Next()
 	if err != nil {
 		return resp, err
@@ -183,13 +199,8 @@ func (v *Vault) transmit(req *policy.Request) (*http.Response, error) {
 
 // read makes a call that changes nothing: again while the vault is throttled, and
 // a few times while it cannot be reached, within the context.
-func (v *Vault) read(ctx context.Context, op string, class class, f func(context.Context) error) error {
-	return v.readWith(ctx, op, class, nil, f)
-}
-
-// readWith is read with additions to the request's query.
-func (v *Vault) readWith(ctx context.Context, op string, class class, query url.Values, f func(context.Context) error) error {
-	return v.again(ctx, func() error { return v.do(ctx, &call{op: op, class: class, query: query}, f) })
+func (v *Vault) read(ctx context.Context, op string, f func(context.Context) error) error {
+	return v.again(ctx, func() error { return v.do(ctx, &call{op: op}, f) })
 }
 
 // again makes a call that changes nothing until it is answered, or is out of tries

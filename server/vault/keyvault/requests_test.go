@@ -143,6 +143,48 @@ func TestSpentBudget(t *testing.T) {
 	})
 }
 
+// TestSends: each request is told of, when nothing keeps it back any more.
+func TestSends(t *testing.T) {
+	t.Parallel()
+	f, c := start(t, atOnce())
+	cfg := config(f, c, f.Broker())
+	cfg.WritesPerSecond = 0.01
+	v := open(t, cfg)
+	var waits, sends, effects int
+	ctx := vault.WithOrigin(t.Context(), vault.Origin{
+		Waits: func() { waits++ },
+		Sends: func() { sends++ },
+		Effect: func() error {
+			if effects++; sends > 0 {
+				t.Error("it was sent before the effect began")
+			}
+			return nil
+		},
+	})
+	want := func(what string, w, s int) {
+		t.Helper()
+		if waits != w || sends != s {
+			t.Errorf("%s: got %d calls of Waits and %d of Sends, want %d and %d", what, waits, sends, w, s)
+		}
+		waits, sends = 0, 0
+	}
+	key := newKey(t)
+	if _, err := v.Set(ctx, key, vault.NewVersion{Value: secret.NewValue("one")}); err != nil || effects != 1 {
+		t.Fatalf("got %v, %d effects, want nil and one", err, effects)
+	}
+	want("Set", 0, 1)
+	on(f, keyvaultfake.OpGet, 1, keyvaultfake.Fault{Status: 503})
+	if _, _, err := v.Get(ctx, key, ""); err != nil {
+		t.Fatal(err)
+	}
+	want("Get, again after a 503", 0, 2)
+	short, cancel := context.WithTimeout(ctx, 200*time.Millisecond)
+	defer cancel()
+	_, err := v.Set(short, key, vault.NewVersion{Value: secret.NewValue("two")})
+	wantError(t, "Set", err, vault.ErrThrottled)
+	want("Set, when the budget is spent", 1, 0)
+}
+
 // TestThrottledSlowsDown reads or writes, whichever the vault refused.
 func TestThrottledSlowsDown(t *testing.T) {
 	t.Parallel()

@@ -228,7 +228,7 @@ func (v *Vault) Get(ctx context.Context, key secret.Key, version string) (vault.
 	if version != "" && !isVersion(version) {
 		return p, value, fmt.Errorf("%w: no version looks like this", vault.ErrNotFound)
 	}
-	err := v.read(ctx, "Get", values, func(ctx context.Context) error {
+	err := v.read(ctx, "Get", func(ctx context.Context) error {
 		resp, err := v.client.GetSecret(ctx, key.String(), version, nil)
 		if err != nil {
 			return err
@@ -308,7 +308,7 @@ func (v *Vault) GetDeleted(ctx context.Context, key secret.Key) (vault.Deleted, 
 
 func (v *Vault) getDeleted(ctx context.Context, key secret.Key) (vault.Deleted, error) {
 	var d vault.Deleted
-	err := v.read(ctx, "GetDeleted", values, func(ctx context.Context) error {
+	err := v.read(ctx, "GetDeleted", func(ctx context.Context) error {
 		resp, err := v.client.GetDeletedSecret(ctx, key.String(), nil)
 		if err == nil {
 			d, err = deleted(key, resp.ID, resp.Attributes, resp.ContentType, resp.Tags, resp.DeletedDate, resp.ScheduledPurgeDate)

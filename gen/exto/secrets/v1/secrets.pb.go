@@ -228,6 +228,137 @@ func (FreshnessSource) EnumDescriptor() ([]byte, []int) {
 	return file_exto_secrets_v1_secrets_proto_rawDescGZIP(), []int{2}
 }
 
+// VerifyResult says whether a token is an instance's.
+type VerifyResult int32
+
+const (
+	// Never sent.
+	VerifyResult_VERIFY_RESULT_UNSPECIFIED VerifyResult = 0
+	// It is the current registration token.
+	VerifyResult_VERIFY_RESULT_MATCH_CURRENT VerifyResult = 1
+	// It is the one that the last RotateSecret replaced, and in its grace.
+	VerifyResult_VERIFY_RESULT_MATCH_PREVIOUS VerifyResult = 2
+	// It is neither, or there is no such instance.
+	VerifyResult_VERIFY_RESULT_NO_MATCH VerifyResult = 3
+)
+
+// Enum value maps for VerifyResult.
+var (
+	VerifyResult_name = map[int32]string{
+		0: "VERIFY_RESULT_UNSPECIFIED",
+		1: "VERIFY_RESULT_MATCH_CURRENT",
+		2: "VERIFY_RESULT_MATCH_PREVIOUS",
+		3: "VERIFY_RESULT_NO_MATCH",
+	}
+	VerifyResult_value = map[string]int32{
+		"VERIFY_RESULT_UNSPECIFIED":    0,
+		"VERIFY_RESULT_MATCH_CURRENT":  1,
+		"VERIFY_RESULT_MATCH_PREVIOUS": 2,
+		"VERIFY_RESULT_NO_MATCH":       3,
+	}
+)
+
+func (x VerifyResult) Enum() *VerifyResult {
+	p := new(VerifyResult)
+	*p = x
+	return p
+}
+
+func (x VerifyResult) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (VerifyResult) Descriptor() protoreflect.EnumDescriptor {
+	return file_exto_secrets_v1_secrets_proto_enumTypes[3].Descriptor()
+}
+
+func (VerifyResult) Type() protoreflect.EnumType {
+	return &file_exto_secrets_v1_secrets_proto_enumTypes[3]
+}
+
+func (x VerifyResult) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use VerifyResult.Descriptor instead.
+func (VerifyResult) EnumDescriptor() ([]byte, []int) {
+	return file_exto_secrets_v1_secrets_proto_rawDescGZIP(), []int{3}
+}
+
+// ChangeType says what became of a watched secret.
+type ChangeType int32
+
+const (
+	// Never sent.
+	ChangeType_CHANGE_TYPE_UNSPECIFIED ChangeType = 0
+	// Its state, at the beginning of the watch or after several changes.
+	ChangeType_CHANGE_TYPE_CURRENT ChangeType = 1
+	// There is no such secret, or it was purged.
+	ChangeType_CHANGE_TYPE_MISSING ChangeType = 2
+	// PutSecret wrote it.
+	ChangeType_CHANGE_TYPE_PUT ChangeType = 3
+	// RotateSecret replaced its value.
+	ChangeType_CHANGE_TYPE_ROTATED ChangeType = 4
+	// DeleteSecret deleted it.
+	ChangeType_CHANGE_TYPE_DELETED ChangeType = 5
+	// RecoverSecret brought it back.
+	ChangeType_CHANGE_TYPE_RECOVERED ChangeType = 6
+	// Somebody other than the broker changed it in the vault: metadata says into
+	// what.
+	ChangeType_CHANGE_TYPE_CHANGED_OUTSIDE ChangeType = 7
+)
+
+// Enum value maps for ChangeType.
+var (
+	ChangeType_name = map[int32]string{
+		0: "CHANGE_TYPE_UNSPECIFIED",
+		1: "CHANGE_TYPE_CURRENT",
+		2: "CHANGE_TYPE_MISSING",
+		3: "CHANGE_TYPE_PUT",
+		4: "CHANGE_TYPE_ROTATED",
+		5: "CHANGE_TYPE_DELETED",
+		6: "CHANGE_TYPE_RECOVERED",
+		7: "CHANGE_TYPE_CHANGED_OUTSIDE",
+	}
+	ChangeType_value = map[string]int32{
+		"CHANGE_TYPE_UNSPECIFIED":     0,
+		"CHANGE_TYPE_CURRENT":         1,
+		"CHANGE_TYPE_MISSING":         2,
+		"CHANGE_TYPE_PUT":             3,
+		"CHANGE_TYPE_ROTATED":         4,
+		"CHANGE_TYPE_DELETED":         5,
+		"CHANGE_TYPE_RECOVERED":       6,
+		"CHANGE_TYPE_CHANGED_OUTSIDE": 7,
+	}
+)
+
+func (x ChangeType) Enum() *ChangeType {
+	p := new(ChangeType)
+	*p = x
+	return p
+}
+
+func (x ChangeType) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (ChangeType) Descriptor() protoreflect.EnumDescriptor {
+	return file_exto_secrets_v1_secrets_proto_enumTypes[4].Descriptor()
+}
+
+func (ChangeType) Type() protoreflect.EnumType {
+	return &file_exto_secrets_v1_secrets_proto_enumTypes[4]
+}
+
+func (x ChangeType) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use ChangeType.Descriptor instead.
+func (ChangeType) EnumDescriptor() ([]byte, []int) {
+	return file_exto_secrets_v1_secrets_proto_rawDescGZIP(), []int{4}
+}
+
 // SecretRef names one secret. Required wherever it appears.
 type SecretRef struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1192,6 +1323,126 @@ func (x *RecoverSecretResponse) GetMetadata() *SecretMetadata {
 	return nil
 }
 
+// VerifyTokenRequest asks whether a token is an instance's.
+type VerifyTokenRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The primary key of the instance, as in SecretRef. Required.
+	InstanceId string `protobuf:"bytes,1,opt,name=instance_id,json=instanceId,proto3" json:"instance_id,omitempty"`
+	// What the instance presented. Required.
+	Token         string `protobuf:"bytes,2,opt,name=token,proto3" json:"token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VerifyTokenRequest) Reset() {
+	*x = VerifyTokenRequest{}
+	mi := &file_exto_secrets_v1_secrets_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VerifyTokenRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VerifyTokenRequest) ProtoMessage() {}
+
+func (x *VerifyTokenRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_exto_secrets_v1_secrets_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VerifyTokenRequest.ProtoReflect.Descriptor instead.
+func (*VerifyTokenRequest) Descriptor() ([]byte, []int) {
+	return file_exto_secrets_v1_secrets_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *VerifyTokenRequest) GetInstanceId() string {
+	if x != nil {
+		return x.InstanceId
+	}
+	return ""
+}
+
+func (x *VerifyTokenRequest) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
+// VerifyTokenResponse is the judgement on a token.
+type VerifyTokenResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Whether it is the instance's.
+	Result VerifyResult `protobuf:"varint,1,opt,name=result,proto3,enum=exto.secrets.v1.VerifyResult" json:"result,omitempty"`
+	// The generation of the version that it matches. 0 with NO_MATCH, and for a
+	// version written outside the broker.
+	Generation int64 `protobuf:"varint,2,opt,name=generation,proto3" json:"generation,omitempty"`
+	// When the matched version stops being honoured. Set with MATCH_PREVIOUS only.
+	ExpireTime    *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VerifyTokenResponse) Reset() {
+	*x = VerifyTokenResponse{}
+	mi := &file_exto_secrets_v1_secrets_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VerifyTokenResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VerifyTokenResponse) ProtoMessage() {}
+
+func (x *VerifyTokenResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_exto_secrets_v1_secrets_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VerifyTokenResponse.ProtoReflect.Descriptor instead.
+func (*VerifyTokenResponse) Descriptor() ([]byte, []int) {
+	return file_exto_secrets_v1_secrets_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *VerifyTokenResponse) GetResult() VerifyResult {
+	if x != nil {
+		return x.Result
+	}
+	return VerifyResult_VERIFY_RESULT_UNSPECIFIED
+}
+
+func (x *VerifyTokenResponse) GetGeneration() int64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+func (x *VerifyTokenResponse) GetExpireTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ExpireTime
+	}
+	return nil
+}
+
 // DescribeSecretRequest asks what is known of a secret.
 type DescribeSecretRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1203,7 +1454,7 @@ type DescribeSecretRequest struct {
 
 func (x *DescribeSecretRequest) Reset() {
 	*x = DescribeSecretRequest{}
-	mi := &file_exto_secrets_v1_secrets_proto_msgTypes[13]
+	mi := &file_exto_secrets_v1_secrets_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1215,7 +1466,7 @@ func (x *DescribeSecretRequest) String() string {
 func (*DescribeSecretRequest) ProtoMessage() {}
 
 func (x *DescribeSecretRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_exto_secrets_v1_secrets_proto_msgTypes[13]
+	mi := &file_exto_secrets_v1_secrets_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1228,7 +1479,7 @@ func (x *DescribeSecretRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DescribeSecretRequest.ProtoReflect.Descriptor instead.
 func (*DescribeSecretRequest) Descriptor() ([]byte, []int) {
-	return file_exto_secrets_v1_secrets_proto_rawDescGZIP(), []int{13}
+	return file_exto_secrets_v1_secrets_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *DescribeSecretRequest) GetRef() *SecretRef {
@@ -1256,7 +1507,7 @@ type DescribeSecretResponse struct {
 
 func (x *DescribeSecretResponse) Reset() {
 	*x = DescribeSecretResponse{}
-	mi := &file_exto_secrets_v1_secrets_proto_msgTypes[14]
+	mi := &file_exto_secrets_v1_secrets_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1268,7 +1519,7 @@ func (x *DescribeSecretResponse) String() string {
 func (*DescribeSecretResponse) ProtoMessage() {}
 
 func (x *DescribeSecretResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_exto_secrets_v1_secrets_proto_msgTypes[14]
+	mi := &file_exto_secrets_v1_secrets_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1281,7 +1532,7 @@ func (x *DescribeSecretResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DescribeSecretResponse.ProtoReflect.Descriptor instead.
 func (*DescribeSecretResponse) Descriptor() ([]byte, []int) {
-	return file_exto_secrets_v1_secrets_proto_rawDescGZIP(), []int{14}
+	return file_exto_secrets_v1_secrets_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *DescribeSecretResponse) GetMetadata() *SecretMetadata {
@@ -1325,7 +1576,7 @@ type ListSecretsRequest struct {
 
 func (x *ListSecretsRequest) Reset() {
 	*x = ListSecretsRequest{}
-	mi := &file_exto_secrets_v1_secrets_proto_msgTypes[15]
+	mi := &file_exto_secrets_v1_secrets_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1337,7 +1588,7 @@ func (x *ListSecretsRequest) String() string {
 func (*ListSecretsRequest) ProtoMessage() {}
 
 func (x *ListSecretsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_exto_secrets_v1_secrets_proto_msgTypes[15]
+	mi := &file_exto_secrets_v1_secrets_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1350,7 +1601,7 @@ func (x *ListSecretsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSecretsRequest.ProtoReflect.Descriptor instead.
 func (*ListSecretsRequest) Descriptor() ([]byte, []int) {
-	return file_exto_secrets_v1_secrets_proto_rawDescGZIP(), []int{15}
+	return file_exto_secrets_v1_secrets_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ListSecretsRequest) GetInstanceId() string {
@@ -1394,7 +1645,7 @@ type ListSecretsResponse struct {
 
 func (x *ListSecretsResponse) Reset() {
 	*x = ListSecretsResponse{}
-	mi := &file_exto_secrets_v1_secrets_proto_msgTypes[16]
+	mi := &file_exto_secrets_v1_secrets_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1406,7 +1657,7 @@ func (x *ListSecretsResponse) String() string {
 func (*ListSecretsResponse) ProtoMessage() {}
 
 func (x *ListSecretsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_exto_secrets_v1_secrets_proto_msgTypes[16]
+	mi := &file_exto_secrets_v1_secrets_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1419,7 +1670,7 @@ func (x *ListSecretsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSecretsResponse.ProtoReflect.Descriptor instead.
 func (*ListSecretsResponse) Descriptor() ([]byte, []int) {
-	return file_exto_secrets_v1_secrets_proto_rawDescGZIP(), []int{16}
+	return file_exto_secrets_v1_secrets_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ListSecretsResponse) GetSecrets() []*SecretMetadata {
@@ -1434,6 +1685,107 @@ func (x *ListSecretsResponse) GetNextPageToken() string {
 		return x.NextPageToken
 	}
 	return ""
+}
+
+// WatchSecretsRequest names the secrets to watch.
+type WatchSecretsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Which secrets: 1 to 256, all different.
+	Refs          []*SecretRef `protobuf:"bytes,1,rep,name=refs,proto3" json:"refs,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchSecretsRequest) Reset() {
+	*x = WatchSecretsRequest{}
+	mi := &file_exto_secrets_v1_secrets_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchSecretsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchSecretsRequest) ProtoMessage() {}
+
+func (x *WatchSecretsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_exto_secrets_v1_secrets_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchSecretsRequest.ProtoReflect.Descriptor instead.
+func (*WatchSecretsRequest) Descriptor() ([]byte, []int) {
+	return file_exto_secrets_v1_secrets_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *WatchSecretsRequest) GetRefs() []*SecretRef {
+	if x != nil {
+		return x.Refs
+	}
+	return nil
+}
+
+// WatchSecretsResponse is the state of one of the secrets.
+type WatchSecretsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// How it came to that state.
+	Type ChangeType `protobuf:"varint,1,opt,name=type,proto3,enum=exto.secrets.v1.ChangeType" json:"type,omitempty"`
+	// What is known of it. With MISSING: ref and key alone.
+	Metadata      *SecretMetadata `protobuf:"bytes,2,opt,name=metadata,proto3" json:"metadata,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchSecretsResponse) Reset() {
+	*x = WatchSecretsResponse{}
+	mi := &file_exto_secrets_v1_secrets_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchSecretsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchSecretsResponse) ProtoMessage() {}
+
+func (x *WatchSecretsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_exto_secrets_v1_secrets_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchSecretsResponse.ProtoReflect.Descriptor instead.
+func (*WatchSecretsResponse) Descriptor() ([]byte, []int) {
+	return file_exto_secrets_v1_secrets_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *WatchSecretsResponse) GetType() ChangeType {
+	if x != nil {
+		return x.Type
+	}
+	return ChangeType_CHANGE_TYPE_UNSPECIFIED
+}
+
+func (x *WatchSecretsResponse) GetMetadata() *SecretMetadata {
+	if x != nil {
+		return x.Metadata
+	}
+	return nil
 }
 
 var File_exto_secrets_v1_secrets_proto protoreflect.FileDescriptor
@@ -1514,7 +1866,18 @@ const file_exto_secrets_v1_secrets_proto_rawDesc = "" +
 	"\n" +
 	"request_id\x18\x02 \x01(\tR\trequestId\"T\n" +
 	"\x15RecoverSecretResponse\x12;\n" +
-	"\bmetadata\x18\x01 \x01(\v2\x1f.exto.secrets.v1.SecretMetadataR\bmetadata\"E\n" +
+	"\bmetadata\x18\x01 \x01(\v2\x1f.exto.secrets.v1.SecretMetadataR\bmetadata\"P\n" +
+	"\x12VerifyTokenRequest\x12\x1f\n" +
+	"\vinstance_id\x18\x01 \x01(\tR\n" +
+	"instanceId\x12\x19\n" +
+	"\x05token\x18\x02 \x01(\tB\x03\x80\x01\x01R\x05token\"\xa9\x01\n" +
+	"\x13VerifyTokenResponse\x125\n" +
+	"\x06result\x18\x01 \x01(\x0e2\x1d.exto.secrets.v1.VerifyResultR\x06result\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x02 \x01(\x03R\n" +
+	"generation\x12;\n" +
+	"\vexpire_time\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"expireTime\"E\n" +
 	"\x15DescribeSecretRequest\x12,\n" +
 	"\x03ref\x18\x01 \x01(\v2\x1a.exto.secrets.v1.SecretRefR\x03ref\"\xb9\x01\n" +
 	"\x16DescribeSecretResponse\x12;\n" +
@@ -1530,7 +1893,12 @@ const file_exto_secrets_v1_secrets_proto_rawDesc = "" +
 	"\fshow_deleted\x18\x04 \x01(\bR\vshowDeleted\"x\n" +
 	"\x13ListSecretsResponse\x129\n" +
 	"\asecrets\x18\x01 \x03(\v2\x1f.exto.secrets.v1.SecretMetadataR\asecrets\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken*\x8f\x01\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"E\n" +
+	"\x13WatchSecretsRequest\x12.\n" +
+	"\x04refs\x18\x01 \x03(\v2\x1a.exto.secrets.v1.SecretRefR\x04refs\"\x84\x01\n" +
+	"\x14WatchSecretsResponse\x12/\n" +
+	"\x04type\x18\x01 \x01(\x0e2\x1b.exto.secrets.v1.ChangeTypeR\x04type\x12;\n" +
+	"\bmetadata\x18\x02 \x01(\v2\x1f.exto.secrets.v1.SecretMetadataR\bmetadata*\x8f\x01\n" +
 	"\n" +
 	"SecretKind\x12\x1b\n" +
 	"\x17SECRET_KIND_UNSPECIFIED\x10\x00\x12\"\n" +
@@ -1546,15 +1914,32 @@ const file_exto_secrets_v1_secrets_proto_rawDesc = "" +
 	"\x1cFRESHNESS_SOURCE_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15FRESHNESS_SOURCE_LIVE\x10\x01\x12\x1a\n" +
 	"\x16FRESHNESS_SOURCE_CACHE\x10\x02\x12#\n" +
-	"\x1fFRESHNESS_SOURCE_STALE_ON_ERROR\x10\x032\x95\x05\n" +
+	"\x1fFRESHNESS_SOURCE_STALE_ON_ERROR\x10\x03*\x8c\x01\n" +
+	"\fVerifyResult\x12\x1d\n" +
+	"\x19VERIFY_RESULT_UNSPECIFIED\x10\x00\x12\x1f\n" +
+	"\x1bVERIFY_RESULT_MATCH_CURRENT\x10\x01\x12 \n" +
+	"\x1cVERIFY_RESULT_MATCH_PREVIOUS\x10\x02\x12\x1a\n" +
+	"\x16VERIFY_RESULT_NO_MATCH\x10\x03*\xde\x01\n" +
+	"\n" +
+	"ChangeType\x12\x1b\n" +
+	"\x17CHANGE_TYPE_UNSPECIFIED\x10\x00\x12\x17\n" +
+	"\x13CHANGE_TYPE_CURRENT\x10\x01\x12\x17\n" +
+	"\x13CHANGE_TYPE_MISSING\x10\x02\x12\x13\n" +
+	"\x0fCHANGE_TYPE_PUT\x10\x03\x12\x17\n" +
+	"\x13CHANGE_TYPE_ROTATED\x10\x04\x12\x17\n" +
+	"\x13CHANGE_TYPE_DELETED\x10\x05\x12\x19\n" +
+	"\x15CHANGE_TYPE_RECOVERED\x10\x06\x12\x1f\n" +
+	"\x1bCHANGE_TYPE_CHANGED_OUTSIDE\x10\a2\xce\x06\n" +
 	"\x14SecretsBrokerService\x12R\n" +
 	"\tPutSecret\x12!.exto.secrets.v1.PutSecretRequest\x1a\".exto.secrets.v1.PutSecretResponse\x12R\n" +
 	"\tGetSecret\x12!.exto.secrets.v1.GetSecretRequest\x1a\".exto.secrets.v1.GetSecretResponse\x12[\n" +
 	"\fRotateSecret\x12$.exto.secrets.v1.RotateSecretRequest\x1a%.exto.secrets.v1.RotateSecretResponse\x12[\n" +
 	"\fDeleteSecret\x12$.exto.secrets.v1.DeleteSecretRequest\x1a%.exto.secrets.v1.DeleteSecretResponse\x12^\n" +
-	"\rRecoverSecret\x12%.exto.secrets.v1.RecoverSecretRequest\x1a&.exto.secrets.v1.RecoverSecretResponse\x12a\n" +
+	"\rRecoverSecret\x12%.exto.secrets.v1.RecoverSecretRequest\x1a&.exto.secrets.v1.RecoverSecretResponse\x12X\n" +
+	"\vVerifyToken\x12#.exto.secrets.v1.VerifyTokenRequest\x1a$.exto.secrets.v1.VerifyTokenResponse\x12a\n" +
 	"\x0eDescribeSecret\x12&.exto.secrets.v1.DescribeSecretRequest\x1a'.exto.secrets.v1.DescribeSecretResponse\x12X\n" +
-	"\vListSecrets\x12#.exto.secrets.v1.ListSecretsRequest\x1a$.exto.secrets.v1.ListSecretsResponseB>Z<github.com/exto/secrets-broker/gen/exto/secrets/v1;secretsv1b\x06proto3"
+	"\vListSecrets\x12#.exto.secrets.v1.ListSecretsRequest\x1a$.exto.secrets.v1.ListSecretsResponse\x12]\n" +
+	"\fWatchSecrets\x12$.exto.secrets.v1.WatchSecretsRequest\x1a%.exto.secrets.v1.WatchSecretsResponse0\x01B>Z<github.com/exto/secrets-broker/gen/exto/secrets/v1;secretsv1b\x06proto3"
 
 var (
 	file_exto_secrets_v1_secrets_proto_rawDescOnce sync.Once
@@ -1568,79 +1953,94 @@ func file_exto_secrets_v1_secrets_proto_rawDescGZIP() []byte {
 	return file_exto_secrets_v1_secrets_proto_rawDescData
 }
 
-var file_exto_secrets_v1_secrets_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_exto_secrets_v1_secrets_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
+var file_exto_secrets_v1_secrets_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
+var file_exto_secrets_v1_secrets_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
 var file_exto_secrets_v1_secrets_proto_goTypes = []any{
 	(SecretKind)(0),                // 0: exto.secrets.v1.SecretKind
 	(SecretState)(0),               // 1: exto.secrets.v1.SecretState
 	(FreshnessSource)(0),           // 2: exto.secrets.v1.FreshnessSource
-	(*SecretRef)(nil),              // 3: exto.secrets.v1.SecretRef
-	(*SecretMetadata)(nil),         // 4: exto.secrets.v1.SecretMetadata
-	(*Freshness)(nil),              // 5: exto.secrets.v1.Freshness
-	(*PutSecretRequest)(nil),       // 6: exto.secrets.v1.PutSecretRequest
-	(*PutSecretResponse)(nil),      // 7: exto.secrets.v1.PutSecretResponse
-	(*GetSecretRequest)(nil),       // 8: exto.secrets.v1.GetSecretRequest
-	(*GetSecretResponse)(nil),      // 9: exto.secrets.v1.GetSecretResponse
-	(*RotateSecretRequest)(nil),    // 10: exto.secrets.v1.RotateSecretRequest
-	(*RotateSecretResponse)(nil),   // 11: exto.secrets.v1.RotateSecretResponse
-	(*DeleteSecretRequest)(nil),    // 12: exto.secrets.v1.DeleteSecretRequest
-	(*DeleteSecretResponse)(nil),   // 13: exto.secrets.v1.DeleteSecretResponse
-	(*RecoverSecretRequest)(nil),   // 14: exto.secrets.v1.RecoverSecretRequest
-	(*RecoverSecretResponse)(nil),  // 15: exto.secrets.v1.RecoverSecretResponse
-	(*DescribeSecretRequest)(nil),  // 16: exto.secrets.v1.DescribeSecretRequest
-	(*DescribeSecretResponse)(nil), // 17: exto.secrets.v1.DescribeSecretResponse
-	(*ListSecretsRequest)(nil),     // 18: exto.secrets.v1.ListSecretsRequest
-	(*ListSecretsResponse)(nil),    // 19: exto.secrets.v1.ListSecretsResponse
-	(*timestamppb.Timestamp)(nil),  // 20: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),    // 21: google.protobuf.Duration
+	(VerifyResult)(0),              // 3: exto.secrets.v1.VerifyResult
+	(ChangeType)(0),                // 4: exto.secrets.v1.ChangeType
+	(*SecretRef)(nil),              // 5: exto.secrets.v1.SecretRef
+	(*SecretMetadata)(nil),         // 6: exto.secrets.v1.SecretMetadata
+	(*Freshness)(nil),              // 7: exto.secrets.v1.Freshness
+	(*PutSecretRequest)(nil),       // 8: exto.secrets.v1.PutSecretRequest
+	(*PutSecretResponse)(nil),      // 9: exto.secrets.v1.PutSecretResponse
+	(*GetSecretRequest)(nil),       // 10: exto.secrets.v1.GetSecretRequest
+	(*GetSecretResponse)(nil),      // 11: exto.secrets.v1.GetSecretResponse
+	(*RotateSecretRequest)(nil),    // 12: exto.secrets.v1.RotateSecretRequest
+	(*RotateSecretResponse)(nil),   // 13: exto.secrets.v1.RotateSecretResponse
+	(*DeleteSecretRequest)(nil),    // 14: exto.secrets.v1.DeleteSecretRequest
+	(*DeleteSecretResponse)(nil),   // 15: exto.secrets.v1.DeleteSecretResponse
+	(*RecoverSecretRequest)(nil),   // 16: exto.secrets.v1.RecoverSecretRequest
+	(*RecoverSecretResponse)(nil),  // 17: exto.secrets.v1.RecoverSecretResponse
+	(*VerifyTokenRequest)(nil),     // 18: exto.secrets.v1.VerifyTokenRequest
+	(*VerifyTokenResponse)(nil),    // 19: exto.secrets.v1.VerifyTokenResponse
+	(*DescribeSecretRequest)(nil),  // 20: exto.secrets.v1.DescribeSecretRequest
+	(*DescribeSecretResponse)(nil), // 21: exto.secrets.v1.DescribeSecretResponse
+	(*ListSecretsRequest)(nil),     // 22: exto.secrets.v1.ListSecretsRequest
+	(*ListSecretsResponse)(nil),    // 23: exto.secrets.v1.ListSecretsResponse
+	(*WatchSecretsRequest)(nil),    // 24: exto.secrets.v1.WatchSecretsRequest
+	(*WatchSecretsResponse)(nil),   // 25: exto.secrets.v1.WatchSecretsResponse
+	(*timestamppb.Timestamp)(nil),  // 26: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),    // 27: google.protobuf.Duration
 }
 var file_exto_secrets_v1_secrets_proto_depIdxs = []int32{
 	0,  // 0: exto.secrets.v1.SecretRef.kind:type_name -> exto.secrets.v1.SecretKind
-	3,  // 1: exto.secrets.v1.SecretMetadata.ref:type_name -> exto.secrets.v1.SecretRef
+	5,  // 1: exto.secrets.v1.SecretMetadata.ref:type_name -> exto.secrets.v1.SecretRef
 	1,  // 2: exto.secrets.v1.SecretMetadata.state:type_name -> exto.secrets.v1.SecretState
-	20, // 3: exto.secrets.v1.SecretMetadata.create_time:type_name -> google.protobuf.Timestamp
-	20, // 4: exto.secrets.v1.SecretMetadata.expire_time:type_name -> google.protobuf.Timestamp
-	20, // 5: exto.secrets.v1.SecretMetadata.delete_time:type_name -> google.protobuf.Timestamp
-	20, // 6: exto.secrets.v1.SecretMetadata.purge_time:type_name -> google.protobuf.Timestamp
-	20, // 7: exto.secrets.v1.Freshness.as_of:type_name -> google.protobuf.Timestamp
+	26, // 3: exto.secrets.v1.SecretMetadata.create_time:type_name -> google.protobuf.Timestamp
+	26, // 4: exto.secrets.v1.SecretMetadata.expire_time:type_name -> google.protobuf.Timestamp
+	26, // 5: exto.secrets.v1.SecretMetadata.delete_time:type_name -> google.protobuf.Timestamp
+	26, // 6: exto.secrets.v1.SecretMetadata.purge_time:type_name -> google.protobuf.Timestamp
+	26, // 7: exto.secrets.v1.Freshness.as_of:type_name -> google.protobuf.Timestamp
 	2,  // 8: exto.secrets.v1.Freshness.source:type_name -> exto.secrets.v1.FreshnessSource
-	3,  // 9: exto.secrets.v1.PutSecretRequest.ref:type_name -> exto.secrets.v1.SecretRef
-	4,  // 10: exto.secrets.v1.PutSecretResponse.metadata:type_name -> exto.secrets.v1.SecretMetadata
-	3,  // 11: exto.secrets.v1.GetSecretRequest.ref:type_name -> exto.secrets.v1.SecretRef
-	21, // 12: exto.secrets.v1.GetSecretRequest.max_staleness:type_name -> google.protobuf.Duration
-	4,  // 13: exto.secrets.v1.GetSecretResponse.metadata:type_name -> exto.secrets.v1.SecretMetadata
-	5,  // 14: exto.secrets.v1.GetSecretResponse.freshness:type_name -> exto.secrets.v1.Freshness
-	3,  // 15: exto.secrets.v1.RotateSecretRequest.ref:type_name -> exto.secrets.v1.SecretRef
-	21, // 16: exto.secrets.v1.RotateSecretRequest.grace_period:type_name -> google.protobuf.Duration
-	4,  // 17: exto.secrets.v1.RotateSecretResponse.metadata:type_name -> exto.secrets.v1.SecretMetadata
-	4,  // 18: exto.secrets.v1.RotateSecretResponse.previous:type_name -> exto.secrets.v1.SecretMetadata
-	3,  // 19: exto.secrets.v1.DeleteSecretRequest.ref:type_name -> exto.secrets.v1.SecretRef
-	4,  // 20: exto.secrets.v1.DeleteSecretResponse.metadata:type_name -> exto.secrets.v1.SecretMetadata
-	3,  // 21: exto.secrets.v1.RecoverSecretRequest.ref:type_name -> exto.secrets.v1.SecretRef
-	4,  // 22: exto.secrets.v1.RecoverSecretResponse.metadata:type_name -> exto.secrets.v1.SecretMetadata
-	3,  // 23: exto.secrets.v1.DescribeSecretRequest.ref:type_name -> exto.secrets.v1.SecretRef
-	4,  // 24: exto.secrets.v1.DescribeSecretResponse.metadata:type_name -> exto.secrets.v1.SecretMetadata
-	4,  // 25: exto.secrets.v1.DescribeSecretResponse.versions:type_name -> exto.secrets.v1.SecretMetadata
-	4,  // 26: exto.secrets.v1.ListSecretsResponse.secrets:type_name -> exto.secrets.v1.SecretMetadata
-	6,  // 27: exto.secrets.v1.SecretsBrokerService.PutSecret:input_type -> exto.secrets.v1.PutSecretRequest
-	8,  // 28: exto.secrets.v1.SecretsBrokerService.GetSecret:input_type -> exto.secrets.v1.GetSecretRequest
-	10, // 29: exto.secrets.v1.SecretsBrokerService.RotateSecret:input_type -> exto.secrets.v1.RotateSecretRequest
-	12, // 30: exto.secrets.v1.SecretsBrokerService.DeleteSecret:input_type -> exto.secrets.v1.DeleteSecretRequest
-	14, // 31: exto.secrets.v1.SecretsBrokerService.RecoverSecret:input_type -> exto.secrets.v1.RecoverSecretRequest
-	16, // 32: exto.secrets.v1.SecretsBrokerService.DescribeSecret:input_type -> exto.secrets.v1.DescribeSecretRequest
-	18, // 33: exto.secrets.v1.SecretsBrokerService.ListSecrets:input_type -> exto.secrets.v1.ListSecretsRequest
-	7,  // 34: exto.secrets.v1.SecretsBrokerService.PutSecret:output_type -> exto.secrets.v1.PutSecretResponse
-	9,  // 35: exto.secrets.v1.SecretsBrokerService.GetSecret:output_type -> exto.secrets.v1.GetSecretResponse
-	11, // 36: exto.secrets.v1.SecretsBrokerService.RotateSecret:output_type -> exto.secrets.v1.RotateSecretResponse
-	13, // 37: exto.secrets.v1.SecretsBrokerService.DeleteSecret:output_type -> exto.secrets.v1.DeleteSecretResponse
-	15, // 38: exto.secrets.v1.SecretsBrokerService.RecoverSecret:output_type -> exto.secrets.v1.RecoverSecretResponse
-	17, // 39: exto.secrets.v1.SecretsBrokerService.DescribeSecret:output_type -> exto.secrets.v1.DescribeSecretResponse
-	19, // 40: exto.secrets.v1.SecretsBrokerService.ListSecrets:output_type -> exto.secrets.v1.ListSecretsResponse
-	34, // [34:41] is the sub-list for method output_type
-	27, // [27:34] is the sub-list for method input_type
-	27, // [27:27] is the sub-list for extension type_name
-	27, // [27:27] is the sub-list for extension extendee
-	0,  // [0:27] is the sub-list for field type_name
+	5,  // 9: exto.secrets.v1.PutSecretRequest.ref:type_name -> exto.secrets.v1.SecretRef
+	6,  // 10: exto.secrets.v1.PutSecretResponse.metadata:type_name -> exto.secrets.v1.SecretMetadata
+	5,  // 11: exto.secrets.v1.GetSecretRequest.ref:type_name -> exto.secrets.v1.SecretRef
+	27, // 12: exto.secrets.v1.GetSecretRequest.max_staleness:type_name -> google.protobuf.Duration
+	6,  // 13: exto.secrets.v1.GetSecretResponse.metadata:type_name -> exto.secrets.v1.SecretMetadata
+	7,  // 14: exto.secrets.v1.GetSecretResponse.freshness:type_name -> exto.secrets.v1.Freshness
+	5,  // 15: exto.secrets.v1.RotateSecretRequest.ref:type_name -> exto.secrets.v1.SecretRef
+	27, // 16: exto.secrets.v1.RotateSecretRequest.grace_period:type_name -> google.protobuf.Duration
+	6,  // 17: exto.secrets.v1.RotateSecretResponse.metadata:type_name -> exto.secrets.v1.SecretMetadata
+	6,  // 18: exto.secrets.v1.RotateSecretResponse.previous:type_name -> exto.secrets.v1.SecretMetadata
+	5,  // 19: exto.secrets.v1.DeleteSecretRequest.ref:type_name -> exto.secrets.v1.SecretRef
+	6,  // 20: exto.secrets.v1.DeleteSecretResponse.metadata:type_name -> exto.secrets.v1.SecretMetadata
+	5,  // 21: exto.secrets.v1.RecoverSecretRequest.ref:type_name -> exto.secrets.v1.SecretRef
+	6,  // 22: exto.secrets.v1.RecoverSecretResponse.metadata:type_name -> exto.secrets.v1.SecretMetadata
+	3,  // 23: exto.secrets.v1.VerifyTokenResponse.result:type_name -> exto.secrets.v1.VerifyResult
+	26, // 24: exto.secrets.v1.VerifyTokenResponse.expire_time:type_name -> google.protobuf.Timestamp
+	5,  // 25: exto.secrets.v1.DescribeSecretRequest.ref:type_name -> exto.secrets.v1.SecretRef
+	6,  // 26: exto.secrets.v1.DescribeSecretResponse.metadata:type_name -> exto.secrets.v1.SecretMetadata
+	6,  // 27: exto.secrets.v1.DescribeSecretResponse.versions:type_name -> exto.secrets.v1.SecretMetadata
+	6,  // 28: exto.secrets.v1.ListSecretsResponse.secrets:type_name -> exto.secrets.v1.SecretMetadata
+	5,  // 29: exto.secrets.v1.WatchSecretsRequest.refs:type_name -> exto.secrets.v1.SecretRef
+	4,  // 30: exto.secrets.v1.WatchSecretsResponse.type:type_name -> exto.secrets.v1.ChangeType
+	6,  // 31: exto.secrets.v1.WatchSecretsResponse.metadata:type_name -> exto.secrets.v1.SecretMetadata
+	8,  // 32: exto.secrets.v1.SecretsBrokerService.PutSecret:input_type -> exto.secrets.v1.PutSecretRequest
+	10, // 33: exto.secrets.v1.SecretsBrokerService.GetSecret:input_type -> exto.secrets.v1.GetSecretRequest
+	12, // 34: exto.secrets.v1.SecretsBrokerService.RotateSecret:input_type -> exto.secrets.v1.RotateSecretRequest
+	14, // 35: exto.secrets.v1.SecretsBrokerService.DeleteSecret:input_type -> exto.secrets.v1.DeleteSecretRequest
+	16, // 36: exto.secrets.v1.SecretsBrokerService.RecoverSecret:input_type -> exto.secrets.v1.RecoverSecretRequest
+	18, // 37: exto.secrets.v1.SecretsBrokerService.VerifyToken:input_type -> exto.secrets.v1.VerifyTokenRequest
+	20, // 38: exto.secrets.v1.SecretsBrokerService.DescribeSecret:input_type -> exto.secrets.v1.DescribeSecretRequest
+	22, // 39: exto.secrets.v1.SecretsBrokerService.ListSecrets:input_type -> exto.secrets.v1.ListSecretsRequest
+	24, // 40: exto.secrets.v1.SecretsBrokerService.WatchSecrets:input_type -> exto.secrets.v1.WatchSecretsRequest
+	9,  // 41: exto.secrets.v1.SecretsBrokerService.PutSecret:output_type -> exto.secrets.v1.PutSecretResponse
+	11, // 42: exto.secrets.v1.SecretsBrokerService.GetSecret:output_type -> exto.secrets.v1.GetSecretResponse
+	13, // 43: exto.secrets.v1.SecretsBrokerService.RotateSecret:output_type -> exto.secrets.v1.RotateSecretResponse
+	15, // 44: exto.secrets.v1.SecretsBrokerService.DeleteSecret:output_type -> exto.secrets.v1.DeleteSecretResponse
+	17, // 45: exto.secrets.v1.SecretsBrokerService.RecoverSecret:output_type -> exto.secrets.v1.RecoverSecretResponse
+	19, // 46: exto.secrets.v1.SecretsBrokerService.VerifyToken:output_type -> exto.secrets.v1.VerifyTokenResponse
+	21, // 47: exto.secrets.v1.SecretsBrokerService.DescribeSecret:output_type -> exto.secrets.v1.DescribeSecretResponse
+	23, // 48: exto.secrets.v1.SecretsBrokerService.ListSecrets:output_type -> exto.secrets.v1.ListSecretsResponse
+	25, // 49: exto.secrets.v1.SecretsBrokerService.WatchSecrets:output_type -> exto.secrets.v1.WatchSecretsResponse
+	41, // [41:50] is the sub-list for method output_type
+	32, // [32:41] is the sub-list for method input_type
+	32, // [32:32] is the sub-list for extension type_name
+	32, // [32:32] is the sub-list for extension extendee
+	0,  // [0:32] is the sub-list for field type_name
 }
 
 func init() { file_exto_secrets_v1_secrets_proto_init() }
@@ -1657,8 +2057,8 @@ func file_exto_secrets_v1_secrets_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_exto_secrets_v1_secrets_proto_rawDesc), len(file_exto_secrets_v1_secrets_proto_rawDesc)),
-			NumEnums:      3,
-			NumMessages:   17,
+			NumEnums:      5,
+			NumMessages:   21,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -52,8 +52,10 @@ const (
 	SecretsBrokerService_RotateSecret_FullMethodName   = "/exto.secrets.v1.SecretsBrokerService/RotateSecret"
 	SecretsBrokerService_DeleteSecret_FullMethodName   = "/exto.secrets.v1.SecretsBrokerService/DeleteSecret"
 	SecretsBrokerService_RecoverSecret_FullMethodName  = "/exto.secrets.v1.SecretsBrokerService/RecoverSecret"
+	SecretsBrokerService_VerifyToken_FullMethodName    = "/exto.secrets.v1.SecretsBrokerService/VerifyToken"
 	SecretsBrokerService_DescribeSecret_FullMethodName = "/exto.secrets.v1.SecretsBrokerService/DescribeSecret"
 	SecretsBrokerService_ListSecrets_FullMethodName    = "/exto.secrets.v1.SecretsBrokerService/ListSecrets"
+	SecretsBrokerService_WatchSecrets_FullMethodName   = "/exto.secrets.v1.SecretsBrokerService/WatchSecrets"
 )
 
 // SecretsBrokerServiceClient is the client API for SecretsBrokerService service.
@@ -107,6 +109,16 @@ type SecretsBrokerServiceClient interface {
 	// Codes: INVALID_ARGUMENT (REQUEST_ID_REUSED), NOT_FOUND (SECRET_NOT_FOUND),
 	// FAILED_PRECONDITION (SECRET_NOT_DELETED, KEY_MISMATCH).
 	RecoverSecret(ctx context.Context, in *RecoverSecretRequest, opts ...grpc.CallOption) (*RecoverSecretResponse, error)
+	// VerifyToken says whether a token is the registration token of an instance,
+	// in constant time. MATCH_PREVIOUS: that of the version in grace, while it is
+	// enabled. An unknown instance and a wrong token answer alike, and so does what
+	// cannot be a token. A token that does not match what the broker remembers is
+	// looked up in the vault before NO_MATCH, at most once in 2 s per instance.
+	//
+	// Who: callers with `verify` on kind REGISTRATION_TOKEN and this instance.
+	// Codes: INVALID_ARGUMENT, FAILED_PRECONDITION (KEY_MISMATCH), UNAVAILABLE
+	// (STALENESS_UNSATISFIABLE).
+	VerifyToken(ctx context.Context, in *VerifyTokenRequest, opts ...grpc.CallOption) (*VerifyTokenResponse, error)
 	// DescribeSecret gives all but the value: the metadata of the secret and of
 	// its versions, and for a database URI a form without its secrets.
 	//
@@ -120,6 +132,19 @@ type SecretsBrokerServiceClient interface {
 	// Who: callers with `list`; with an instance_id, on that instance.
 	// Codes: only those that any RPC may answer.
 	ListSecrets(ctx context.Context, in *ListSecretsRequest, opts ...grpc.CallOption) (*ListSecretsResponse, error)
+	// WatchSecrets tells the present state of each secret, then its changes, until
+	// the caller ends it. The newest state of each secret is always seen, never an
+	// older one after a newer one; states in between may be joined, then the type
+	// is CURRENT. Changes made in the vault by others are seen within the broker's
+	// own bound for the age of answers. Values are never sent.
+	//
+	// Who: callers with `watch` on every ref.
+	// Codes: FAILED_PRECONDITION (KEY_MISMATCH), RESOURCE_EXHAUSTED
+	// (CALLER_QUOTA_EXCEEDED: over 1,024 watches on one connection).
+	// It ends with SHUTTING_DOWN, with CALLER_UNKNOWN when the caller's certificate
+	// is no longer good, and with CALLER_NOT_ALLOWED when a ref is no longer
+	// allowed.
+	WatchSecrets(ctx context.Context, in *WatchSecretsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchSecretsResponse], error)
 }
 
 type secretsBrokerServiceClient struct {
@@ -180,6 +205,16 @@ func (c *secretsBrokerServiceClient) RecoverSecret(ctx context.Context, in *Reco
 	return out, nil
 }
 
+func (c *secretsBrokerServiceClient) VerifyToken(ctx context.Context, in *VerifyTokenRequest, opts ...grpc.CallOption) (*VerifyTokenResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(VerifyTokenResponse)
+	err := c.cc.Invoke(ctx, SecretsBrokerService_VerifyToken_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *secretsBrokerServiceClient) DescribeSecret(ctx context.Context, in *DescribeSecretRequest, opts ...grpc.CallOption) (*DescribeSecretResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(DescribeSecretResponse)
@@ -199,6 +234,25 @@ func (c *secretsBrokerServiceClient) ListSecrets(ctx context.Context, in *ListSe
 	}
 	return out, nil
 }
+
+func (c *secretsBrokerServiceClient) WatchSecrets(ctx context.Context, in *WatchSecretsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchSecretsResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &SecretsBrokerService_ServiceDesc.Streams[0], SecretsBrokerService_WatchSecrets_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[WatchSecretsRequest, WatchSecretsResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type SecretsBrokerService_WatchSecretsClient = grpc.ServerStreamingClient[WatchSecretsResponse]
 
 // SecretsBrokerServiceServer is the server API for SecretsBrokerService service.
 // All implementations must embed UnimplementedSecretsBrokerServiceServer
@@ -251,6 +305,16 @@ type SecretsBrokerServiceServer interface {
 	// Codes: INVALID_ARGUMENT (REQUEST_ID_REUSED), NOT_FOUND (SECRET_NOT_FOUND),
 	// FAILED_PRECONDITION (SECRET_NOT_DELETED, KEY_MISMATCH).
 	RecoverSecret(context.Context, *RecoverSecretRequest) (*RecoverSecretResponse, error)
+	// VerifyToken says whether a token is the registration token of an instance,
+	// in constant time. MATCH_PREVIOUS: that of the version in grace, while it is
+	// enabled. An unknown instance and a wrong token answer alike, and so does what
+	// cannot be a token. A token that does not match what the broker remembers is
+	// looked up in the vault before NO_MATCH, at most once in 2 s per instance.
+	//
+	// Who: callers with `verify` on kind REGISTRATION_TOKEN and this instance.
+	// Codes: INVALID_ARGUMENT, FAILED_PRECONDITION (KEY_MISMATCH), UNAVAILABLE
+	// (STALENESS_UNSATISFIABLE).
+	VerifyToken(context.Context, *VerifyTokenRequest) (*VerifyTokenResponse, error)
 	// DescribeSecret gives all but the value: the metadata of the secret and of
 	// its versions, and for a database URI a form without its secrets.
 	//
@@ -264,6 +328,19 @@ type SecretsBrokerServiceServer interface {
 	// Who: callers with `list`; with an instance_id, on that instance.
 	// Codes: only those that any RPC may answer.
 	ListSecrets(context.Context, *ListSecretsRequest) (*ListSecretsResponse, error)
+	// WatchSecrets tells the present state of each secret, then its changes, until
+	// the caller ends it. The newest state of each secret is always seen, never an
+	// older one after a newer one; states in between may be joined, then the type
+	// is CURRENT. Changes made in the vault by others are seen within the broker's
+	// own bound for the age of answers. Values are never sent.
+	//
+	// Who: callers with `watch` on every ref.
+	// Codes: FAILED_PRECONDITION (KEY_MISMATCH), RESOURCE_EXHAUSTED
+	// (CALLER_QUOTA_EXCEEDED: over 1,024 watches on one connection).
+	// It ends with SHUTTING_DOWN, with CALLER_UNKNOWN when the caller's certificate
+	// is no longer good, and with CALLER_NOT_ALLOWED when a ref is no longer
+	// allowed.
+	WatchSecrets(*WatchSecretsRequest, grpc.ServerStreamingServer[WatchSecretsResponse]) error
 	mustEmbedUnimplementedSecretsBrokerServiceServer()
 }
 
@@ -289,11 +366,17 @@ func (UnimplementedSecretsBrokerServiceServer) DeleteSecret(context.Context, *De
 func (UnimplementedSecretsBrokerServiceServer) RecoverSecret(context.Context, *RecoverSecretRequest) (*RecoverSecretResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method RecoverSecret not implemented")
 }
+func (UnimplementedSecretsBrokerServiceServer) VerifyToken(context.Context, *VerifyTokenRequest) (*VerifyTokenResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method VerifyToken not implemented")
+}
 func (UnimplementedSecretsBrokerServiceServer) DescribeSecret(context.Context, *DescribeSecretRequest) (*DescribeSecretResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method DescribeSecret not implemented")
 }
 func (UnimplementedSecretsBrokerServiceServer) ListSecrets(context.Context, *ListSecretsRequest) (*ListSecretsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListSecrets not implemented")
+}
+func (UnimplementedSecretsBrokerServiceServer) WatchSecrets(*WatchSecretsRequest, grpc.ServerStreamingServer[WatchSecretsResponse]) error {
+	return status.Error(codes.Unimplemented, "method WatchSecrets not implemented")
 }
 func (UnimplementedSecretsBrokerServiceServer) mustEmbedUnimplementedSecretsBrokerServiceServer() {}
 func (UnimplementedSecretsBrokerServiceServer) testEmbeddedByValue()                              {}
@@ -406,6 +489,24 @@ func _SecretsBrokerService_RecoverSecret_Handler(srv interface{}, ctx context.Co
 	return interceptor(ctx, in, info, handler)
 }
 
+func _SecretsBrokerService_VerifyToken_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(VerifyTokenRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SecretsBrokerServiceServer).VerifyToken(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SecretsBrokerService_VerifyToken_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SecretsBrokerServiceServer).VerifyToken(ctx, req.(*VerifyTokenRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _SecretsBrokerService_DescribeSecret_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(DescribeSecretRequest)
 	if err := dec(in); err != nil {
@@ -442,6 +543,17 @@ func _SecretsBrokerService_ListSecrets_Handler(srv interface{}, ctx context.Cont
 	return interceptor(ctx, in, info, handler)
 }
 
+func _SecretsBrokerService_WatchSecrets_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(WatchSecretsRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(SecretsBrokerServiceServer).WatchSecrets(m, &grpc.GenericServerStream[WatchSecretsRequest, WatchSecretsResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type SecretsBrokerService_WatchSecretsServer = grpc.ServerStreamingServer[WatchSecretsResponse]
+
 // SecretsBrokerService_ServiceDesc is the grpc.ServiceDesc for SecretsBrokerService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -470,6 +582,10 @@ var SecretsBrokerService_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _SecretsBrokerService_RecoverSecret_Handler,
 		},
 		{
+			MethodName: "VerifyToken",
+			Handler:    _SecretsBrokerService_VerifyToken_Handler,
+		},
+		{
 			MethodName: "DescribeSecret",
 			Handler:    _SecretsBrokerService_DescribeSecret_Handler,
 		},
@@ -478,6 +594,12 @@ var SecretsBrokerService_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _SecretsBrokerService_ListSecrets_Handler,
 		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "WatchSecrets",
+			Handler:       _SecretsBrokerService_WatchSecrets_Handler,
+			ServerStreams: true,
+		},
+	},
 	Metadata: "exto/secrets/v1/secrets.proto",
 }

@@ -1,0 +1,257 @@
+package broker
+
+import (
+	"hash/maphash"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+	"unique"
+
+	"github.com/maypok86/otter/v2"
+
+	"github.com/exto/secrets-broker/secret"
+)
+
+const (
+	// cacheBytes bounds the cache, by what entries weigh. No entry weighs less than
+	// entryBytes, so that their number is bounded too.
+	cacheBytes = 256 << 20
+	entryBytes = 1 << 10
+	// mostOlder is how many versions beside the current one are kept of a secret.
+	mostOlder = 4
+	shards    = 64
+)
+
+// entry is a secret as the vault had it at one moment, as far as reads need it. It
+// is not changed once others can see it, but for the two times at its end.
+type entry struct {
+	Metadata              // of the current version; State is Absent when there is none
+	value    secret.Value // unless State is not Active
+	digest   digest       // of the value of a token
+	asOf     time.Time
+	// unsure reports that an Absent secret may as well be deleted: nobody looked.
+	unsure bool
+	// partial reports that it says how the secret stands, without the value.
+	partial bool
+	// Which version the current one replaced by a rotate, and until when that one
+	// is honoured.
+	previous string
+	graceEnd time.Time
+	change   Change // how it came to this, by op if that is not 0
+	op       uint64 // a hash of the id of the last operation that it names
+	older    []*older
+
+	renewed atomic.Bool  // a newer one was asked for, ahead of its end
+	failed  atomic.Int64 // when asking again failed, as the vault could not be reached; Unix ns
+	looked  atomic.Int64 // when it was last asked again for a token that does not match
+}
+
+// older is another version than the current one, or why it is not served.
+type older struct {
+	Metadata
+	value   secret.Value
+	digest  digest
+	asOf    time.Time
+	refusal *Error
+}
+
+// entryOf is what reads need of s.
+func (b *Broker) entryOf(s *snapshot) *entry {
+	e := &entry{Metadata: compact(s.metadata(s.current)), value: s.value, asOf: s.asOf, unsure: s.unsure}
+	e.change, e.op = b.lastChange(s)
+	e.State = s.state
+	if s.state == Active || s.state == Disabled {
+		e.previous, e.graceEnd = strings.Clone(s.current.previous), s.current.graceEnd
+	}
+	if s.state != Active {
+		e.value = secret.Value{}
+	}
+	e.digest = b.digests.of(e.Key, e.value)
+	return e
+}
+
+// compact lets go of the larger strings that those of m may be parts of, and keeps
+// the names of the few callers once.
+func compact(m Metadata) Metadata {
+	m.Version, m.CreatedBy = strings.Clone(m.Version), unique.Make(m.CreatedBy).Value()
+	return m
+}
+
+// olderOf is a version of s that is not its current one, with its value or why that
+// is not served.
+func (b *Broker) olderOf(s *snapshot, v version, value secret.Value, refusal *Error) *older {
+	o := &older{Metadata: compact(s.metadata(v)), value: value, asOf: s.asOf, refusal: refusal}
+	o.Key = s.key
+	o.digest = b.digests.of(s.key, value)
+	return o
+}
+
+// find is the version with this id, if it is kept.
+func (e *entry) find(version string) *older {
+	for _, o := range e.older {
+		if o.Version == version {
+			return o
+		}
+	}
+	return nil
+}
+
+// with is e and o beside it.
+func (e *entry) with(o *older) *entry {
+	n := e.copy()
+	n.older = []*older{o}
+	for _, other := range e.older {
+		if other.Version != o.Version && len(n.older) < mostOlder {
+			n.older = append(n.older, other)
+		}
+	}
+	return n
+}
+
+func (e *entry) copy() *entry {
+	n := &entry{
+		Metadata: e.Metadata, value: e.value, digest: e.digest, asOf: e.asOf, unsure: e.unsure,
+		previous: e.previous, graceEnd: e.graceEnd, change: e.change, op: e.op, older: e.older,
+	}
+	n.looked.Store(e.looked.Load())
+	return n
+}
+
+func (e *entry) weight() uint32 {
+	w := entryBytes + len(e.value.Reveal())
+	for _, o := range e.older {
+		w += entryBytes/2 + len(o.value.Reveal())
+	}
+	return uint32(w)
+}
+
+// age is how old something is, on the clock that went further of the two that the
+// system has: the monotonic one stands still while the machine sleeps, and the wall
+// clock can be set.
+func age(now, then time.Time) time.Duration {
+	return max(now.Sub(then), now.Round(0).Sub(then.Round(0)))
+}
+
+// cache is what the broker remembers of the values in the vault, and who is asking
+// for them now. A write of a secret and what is kept of it never disagree: from its
+// first effect to its end nothing is kept, and what was asked for before that end
+// is not kept either.
+type cache struct {
+	entries *otter.Cache[secret.Key, *entry]
+	seed    maphash.Seed
+	shards  [shards]shard
+}
+
+// shard orders what happens to the secrets that fall to it.
+type shard struct {
+	mu      sync.Mutex
+	flights map[secret.Key][]*flight
+	writing map[secret.Key]bool // since a write's first effect
+}
+
+// newCache keeps entries for so long.
+func newCache(keep time.Duration) *cache {
+	c := &cache{seed: maphash.MakeSeed()}
+	c.entries = otter.Must(&otter.Options[secret.Key, *entry]{
+		MaximumWeight:    cacheBytes,
+		Weigher:          func(_ secret.Key, e *entry) uint32 { return e.weight() },
+		ExpiryCalculator: otter.ExpiryWriting[secret.Key, *entry](keep),
+	})
+	for i := range c.shards {
+		c.shards[i].flights, c.shards[i].writing = map[secret.Key][]*flight{}, map[secret.Key]bool{}
+	}
+	return c
+}
+
+func (c *cache) close() { c.entries.StopAllGoroutines() }
+
+func (c *cache) shard(key secret.Key) *shard {
+	return &c.shards[maphash.Comparable(c.seed, key)%shards]
+}
+
+// get is what is kept of a secret; nil when nothing is.
+func (c *cache) get(key secret.Key) *entry {
+	e, _ := c.entries.GetIfPresent(key)
+	return e
+}
+
+// begin is called before the first effect of a write is sent.
+func (c *cache) begin(key secret.Key) {
+	s := c.shard(key)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.writing[key] = true
+	c.entries.Invalidate(key)
+	s.outdate(key)
+}
+
+// end is called before a write returns. e is what it left or found there, nil when
+// that is not known, or not whole.
+func (b *Broker) end(key secret.Key, e *entry) {
+	s := b.cache.shard(key)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.writing[key] {
+		delete(s.writing, key)
+		b.cache.entries.Invalidate(key)
+	}
+	s.outdate(key)
+	if e != nil {
+		b.keep(s, e)
+	}
+}
+
+// outdate keeps those who come from now on from waiting for what was asked before.
+func (s *shard) outdate(key secret.Key) {
+	for _, f := range s.flights[key] {
+		f.outdated = true
+	}
+}
+
+// keep stores e unless something newer is kept, and tells those who watch or wait.
+// The mutex of s is held.
+func (b *Broker) keep(s *shard, e *entry) {
+	if b.discards {
+		return
+	}
+	old := b.cache.get(e.Key)
+	if old != nil && old.asOf.After(e.asOf) {
+		return
+	}
+	if old != nil && e.older == nil && old.Version == e.Version && (e.State == Active || e.State == Disabled) {
+		e.older = old.older
+		if o := e.find(e.previous); o != nil && !o.ExpireTime.Equal(e.graceEnd) {
+			ended := *o // the current version's tags were changed
+			ended.ExpireTime = e.graceEnd
+			e = e.with(&ended)
+		}
+	}
+	b.watches.publish(e)
+	if e.partial {
+		b.cache.entries.Invalidate(e.Key)
+	} else {
+		b.cache.entries.Set(e.Key, e)
+	}
+	for _, f := range s.flights[e.Key] {
+		f.supersede()
+	}
+}
+
+// drop forgets a secret of which the vault would not tell.
+func (b *Broker) drop(key secret.Key) {
+	s := b.cache.shard(key)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	b.cache.entries.Invalidate(key)
+}
+
+// hold is called before each effect of an operation, which counts from then on for
+// everything that is read.
+func (b *Broker) hold(op *operation) {
+	if !op.held {
+		op.held = true
+		b.cache.begin(op.key)
+	}
+	op.after, op.sentAt = nil, b.now()
+}

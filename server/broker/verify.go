@@ -1,0 +1,153 @@
+package broker
+
+import (
+	"context"
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/subtle"
+	"errors"
+	"hash"
+	"sync"
+	"time"
+
+	"github.com/exto/secrets-broker/secret"
+	"github.com/exto/secrets-broker/server/vault"
+)
+
+const (
+	// secondLook is how old an answer must be to be asked for once more for a token
+	// that does not match, and how often at most.
+	secondLook = 2 * time.Second
+	// vain is how many look-ups a second, and at once, may be for tokens that match
+	// nothing before those of unknown instances wait behind everybody else: anyone on
+	// the internet can cause them.
+	vain      = 20
+	vainBurst = 200
+)
+
+// VerifyResult says whether a token is an instance's.
+type VerifyResult int
+
+// The results, numbered as in the contract.
+const (
+	MatchCurrent VerifyResult = iota + 1
+	MatchPrevious
+	NoMatch
+)
+
+// Verification is a judgement on a token.
+type Verification struct {
+	Result VerifyResult
+	// Generation is that of the version that matches.
+	Generation int64
+	// ExpireTime is when the matching version stops being honoured; zero unless it is
+	// the previous one.
+	ExpireTime time.Time
+}
+
+// Verify says whether token is the registration token that key names: the current
+// one or, in its grace, the one before.
+func (b *Broker) Verify(ctx context.Context, call Call, key secret.Key, token secret.Value) (Verification, error) {
+	if secret.CheckValue(secret.RegistrationToken, token) != nil {
+		return Verification{Result: NoMatch}, nil // no token at all, or one with a typo
+	}
+	presented := b.digests.of(key, token)
+	n := need{key: key, max: b.ttl, own: true, depth: live, priority: b.verifying(key), call: call}
+	v, a, err := b.match(ctx, n, presented)
+	if err == nil && v.Result == NoMatch && age(b.now(), a.entry.asOf) > secondLook {
+		v, a, err = b.lookAgain(ctx, n, a, presented)
+	}
+	if err != nil {
+		return Verification{}, vaultError(ctx, key, err)
+	}
+	if v.Result == NoMatch && a.source == Live {
+		b.vain.AllowN(b.now(), 1)
+	}
+	return v, nil
+}
+
+// verifying is the priority of a look-up of key.
+func (b *Broker) verifying(key secret.Key) vault.Priority {
+	if b.vain.TokensAt(b.now()) < 1 {
+		if _, known := b.knownOf(key); !known {
+			return vault.Rest
+		}
+	}
+	return vault.Verifying
+}
+
+// match compares a token with its secret's current version and with the one in
+// grace. How long it takes says nothing of the token but whether it matches.
+func (b *Broker) match(ctx context.Context, n need, presented digest) (Verification, answer, error) {
+	for {
+		a, err := b.read(ctx, n)
+		if err != nil {
+			return Verification{}, a, err
+		}
+		e := a.entry
+		graced := e.State == Active && e.previous != "" && b.now().Before(e.graceEnd)
+		switch {
+		case e.digest.equal(presented) && e.State == Active:
+			return Verification{Result: MatchCurrent, Generation: e.Generation}, a, nil
+		case !graced:
+			return Verification{Result: NoMatch}, a, nil
+		}
+		before := n
+		before.version, before.max, before.mayAsk = e.previous, b.ttl, nil
+		old, err := b.read(ctx, before)
+		if err != nil {
+			return Verification{}, a, err
+		}
+		if o := old.older; o != nil {
+			if o.digest.equal(presented) && o.refusal == nil && !o.over(b.now()) {
+				return Verification{Result: MatchPrevious, Generation: o.Generation, ExpireTime: o.ExpireTime}, a, nil
+			}
+			return Verification{Result: NoMatch}, a, nil
+		}
+		// It was changed in between.
+	}
+}
+
+// lookAgain asks the vault once more before a token is refused by what is
+// remembered: it may have been changed there by others.
+func (b *Broker) lookAgain(ctx context.Context, n need, remembered answer, presented digest) (Verification, answer, error) {
+	n.max = secondLook
+	n.mayAsk = func() bool {
+		now, last := b.now(), remembered.entry.looked.Load()
+		return now.Sub(time.Unix(0, last)) >= secondLook && remembered.entry.looked.CompareAndSwap(last, now.UnixNano())
+	}
+	v, a, err := b.match(ctx, n, presented)
+	if errors.Is(err, errNotAsked) || unreachable(err) {
+		return Verification{Result: NoMatch}, remembered, nil
+	}
+	return v, a, err
+}
+
+// digest stands for a token in comparisons: of its bytes nothing can be told from how
+// long they take. That of no token is all zero and equals no other.
+type digest [sha256.Size]byte
+
+func (d digest) equal(other digest) bool { return subtle.ConstantTimeCompare(d[:], other[:]) == 1 }
+
+// digests makes digests with a key that this process alone has.
+type digests struct{ pool *sync.Pool }
+
+func newDigests() digests {
+	key := make([]byte, sha256.Size)
+	_, _ = rand.Read(key) // never fails: crypto/rand ends the process instead
+	return digests{&sync.Pool{New: func() any { return hmac.New(sha256.New, key) }}}
+}
+
+// of is the digest of a value of key, if that is a token.
+func (d digests) of(key secret.Key, value secret.Value) (sum digest) {
+	if key.Kind() != secret.RegistrationToken || value.IsEmpty() {
+		return sum
+	}
+	mac := d.pool.Get().(hash.Hash)
+	defer d.pool.Put(mac)
+	mac.Reset()
+	_, _ = mac.Write([]byte(value.Reveal()))
+	mac.Sum(sum[:0])
+	return sum
+}
