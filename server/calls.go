@@ -11,13 +11,8 @@ import (
 	"github.com/google/uuid"
 	grpcprom "github.com/grpc-ecosystem/go-grpc-middleware/providers/prometheus"
 	middleware "github.com/grpc-ecosystem/go-grpc-middleware/v2"
-	"github.com/grpc-ecosystem/go-grpc-middleware/v2/interceptors"
-	"github.com/grpc-ecosystem/go-grpc-middleware/v2/interceptors/logging"
 	"github.com/grpc-ecosystem/go-grpc-middleware/v2/interceptors/recovery"
-	"github.com/grpc-ecosystem/go-grpc-middleware/v2/interceptors/selector"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
-	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server/broker"
@@ -36,6 +31,10 @@ type call struct {
 	caller  identity
 }
 
+// An audit id is made for every call, and need not be secret: the random bytes of
+// several are read at once.
+func init() { uuid.EnableRandPool() }
+
 type callKey struct{}
 
 // callFrom is the call that ctx belongs to; every handler's context has one.
@@ -50,18 +49,6 @@ func (c *call) broker() broker.Call {
 // how long it may take, logging, recovery, decision. A refusal is thereby
 // counted and logged like an answer.
 func chain(metrics *grpcprom.ServerMetrics, log *slog.Logger, g *gate, drained context.Context) []grpc.ServerOption {
-	logCalls := []logging.Option{
-		logging.WithLogOnEvents(logging.FinishCall), // never payloads
-		logging.WithLevels(level),
-		logging.WithFieldsFromContext(func(ctx context.Context) logging.Fields {
-			c := callFrom(ctx)
-			return logging.Fields{"audit_id", c.auditID, "caller", c.caller.name()}
-		}),
-	}
-	// Health checks come every few seconds from every client.
-	notHealth := selector.MatchFunc(func(_ context.Context, c interceptors.CallMeta) bool {
-		return c.Service != healthpb.Health_ServiceDesc.ServiceName
-	})
 	recovered := recovery.WithRecoveryHandlerContext(func(ctx context.Context, p any) error {
 		// The type alone: the text of a panic may hold anything.
 		log.ErrorContext(ctx, "panic in a call", "audit_id", callFrom(ctx).auditID, "panic", fmt.Sprintf("%T", p), "stack", string(debug.Stack()))
@@ -71,14 +58,14 @@ func chain(metrics *grpcprom.ServerMetrics, log *slog.Logger, g *gate, drained c
 		grpc.ChainUnaryInterceptor(
 			metrics.UnaryServerInterceptor(),
 			beginUnary(),
-			selector.UnaryServerInterceptor(logging.UnaryServerInterceptor(logger(log), logCalls...), notHealth),
+			logUnary(log),
 			recovery.UnaryServerInterceptor(recovered),
 			decideUnary(g),
 		),
 		grpc.ChainStreamInterceptor(
 			metrics.StreamServerInterceptor(),
 			beginStream(drained),
-			selector.StreamServerInterceptor(logging.StreamServerInterceptor(logger(log), logCalls...), notHealth),
+			logStream(log),
 			recovery.StreamServerInterceptor(recovered),
 			decideStream(g),
 		),
@@ -194,24 +181,4 @@ func decideStream(g *gate) grpc.StreamServerInterceptor {
 		}
 		return err
 	}
-}
-
-// level is how loud a call's line is: what an operator has to look at is a
-// warning, what only its caller has to look at is not.
-func level(code codes.Code) logging.Level {
-	switch code {
-	case codes.OK:
-		return logging.LevelDebug
-	case codes.Unauthenticated, codes.PermissionDenied, codes.ResourceExhausted, codes.Unavailable, codes.DeadlineExceeded:
-		return logging.LevelWarn
-	case codes.Internal, codes.Unknown, codes.DataLoss:
-		return logging.LevelError
-	}
-	return logging.LevelInfo
-}
-
-func logger(log *slog.Logger) logging.Logger {
-	return logging.LoggerFunc(func(ctx context.Context, level logging.Level, msg string, fields ...any) {
-		log.Log(ctx, slog.Level(level), msg, fields...)
-	})
 }

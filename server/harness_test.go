@@ -124,7 +124,9 @@ type system struct {
 	addr string
 	// config, unless nil, changes how the server is made.
 	config func(*server.Config)
-	face   *server.Server
+	// heart, unless nil, changes how the broker behind it is made.
+	heart func(*broker.Config)
+	face  *server.Server
 	// hurried, once set, lets the present broker wait for nothing any more, as if
 	// its time were over.
 	hurried *atomic.Bool
@@ -251,7 +253,11 @@ func (s *system) restart() {
 		}
 		return s.clock.wait(ctx, d)
 	}
-	heart := broker.New(broker.Config{Vault: s.vault, Logger: s.logger(), Now: s.clock.Now, Wait: wait})
+	heartConfig := broker.Config{Vault: s.vault, Logger: s.logger(), Now: s.clock.Now, Wait: wait}
+	if s.heart != nil {
+		s.heart(&heartConfig)
+	}
+	heart := broker.New(heartConfig)
 	cfg := server.Config{Broker: heart, Policy: policy, TLS: tlsConfig, Logger: s.logger(), Metrics: prometheus.NewRegistry()}
 	if s.config != nil {
 		s.config(&cfg)

@@ -44,6 +44,10 @@ const (
 	minPing      = 10 * time.Second
 )
 
+// streamWorkers is how many goroutines are kept for calls, so that their stacks are
+// grown once and not for each call; more calls than that get goroutines of their own.
+const streamWorkers = 64
+
 // Config is what a Server stands on. All fields are required but Now.
 type Config struct {
 	Broker *broker.Broker
@@ -94,6 +98,7 @@ func New(cfg Config) (*Server, error) {
 		grpc.MaxRecvMsgSize(maxRequestBytes),
 		grpc.MaxHeaderListSize(maxHeaderBytes),
 		grpc.MaxConcurrentStreams(maxStreams),
+		grpc.NumStreamWorkers(streamWorkers),
 		grpc.ConnectionTimeout(cfg.handshakeTimeout),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingInterval, Timeout: pingTimeout}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: minPing, PermitWithoutStream: true}),

@@ -150,13 +150,19 @@ type shard struct {
 	writing map[secret.Key]bool // since a write's first effect
 }
 
-// newCache keeps entries for so long.
+// newCache keeps values for so long, and that there is none as long as it is
+// believed.
 func newCache(keep time.Duration) *cache {
 	c := &cache{seed: maphash.MakeSeed()}
 	c.entries = otter.Must(&otter.Options[secret.Key, *entry]{
 		MaximumWeight:    cacheBytes,
 		Weigher:          func(_ secret.Key, e *entry) uint32 { return e.weight() },
-		ExpiryCalculator: otter.ExpiryWriting[secret.Key, *entry](keep),
+		ExpiryCalculator: otter.ExpiryWritingFunc(func(e otter.Entry[secret.Key, *entry]) time.Duration {
+			if e.Value.State == Absent {
+				return absentFor
+			}
+			return keep
+		}),
 	})
 	for i := range c.shards {
 		c.shards[i].flights, c.shards[i].writing = map[secret.Key][]*flight{}, map[secret.Key]bool{}

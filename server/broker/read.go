@@ -170,6 +170,9 @@ func (b *Broker) renew(n need) {
 // ask waits for the vault's answer, and falls back on memory where that is allowed.
 func (b *Broker) ask(ctx context.Context, n need) (answer, error) {
 	deadline, _ := ctx.Deadline()
+	if n.priority == vault.Verifying && b.inVain(n.key) {
+		n.priority = vault.Rest
+	}
 	var last *flight
 	for {
 		f, after := b.board(deadline, &n)
@@ -200,11 +203,9 @@ func (b *Broker) ask(ctx context.Context, n need) (answer, error) {
 		case !unreachable(err):
 			return answer{}, err
 		}
-		if n.own {
-			if o, ok := n.met(e, b.stale, now); ok && (o != nil && o.refusal == nil || o == nil && e.State == Active) {
-				b.tellStale(err)
-				return answer{e, o, StaleOnError}, nil
-			}
+		if o, ok := b.fallback(&n, e, now); ok {
+			b.tellStale(err)
+			return answer{e, o, StaleOnError}, nil
 		}
 		if e != nil && e.State == Active && (!n.own || e.Generation < n.least) {
 			told := vaultError(ctx, n.key, err)
@@ -214,6 +215,15 @@ func (b *Broker) ask(ctx context.Context, n need) (answer, error) {
 		}
 		return answer{}, err
 	}
+}
+
+// fallback is what memory may answer while the vault cannot be reached: a value.
+func (b *Broker) fallback(n *need, e *entry, now time.Time) (*older, bool) {
+	if !n.own {
+		return nil, false
+	}
+	o, ok := n.met(e, b.stale, now)
+	return o, ok && (o == nil && e.State == Active || o != nil && o.refusal == nil)
 }
 
 // unmet reports that e is of a generation that will not do. One that was written
@@ -249,13 +259,12 @@ func (b *Broker) await(ctx context.Context, n *need, f *flight, elsewhere bool) 
 	}
 	now, impatient := b.now(), false
 	e := b.cache.get(n.key)
-	if n.own && e != nil {
+	if _, ok := b.fallback(n, e, now); ok {
 		wait := patience
 		if failed := e.failed.Load(); failed != 0 && now.Sub(time.Unix(0, failed)) < outageFor {
 			wait = outagePatience
 		}
-		wait = max(0, wait-age(now, f.began))
-		if _, ok := n.met(e, b.stale, now); ok && wait < limit {
+		if wait = max(0, wait-age(now, f.began)); wait < limit {
 			limit, impatient = wait, true
 		}
 	}

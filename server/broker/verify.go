@@ -53,7 +53,7 @@ func (b *Broker) Verify(ctx context.Context, call Call, key secret.Key, token se
 		return Verification{Result: NoMatch}, nil // no token at all, or one with a typo
 	}
 	presented := b.digests.of(key, token)
-	n := need{key: key, max: b.ttl, own: true, depth: live, priority: b.verifying(key), call: call}
+	n := need{key: key, max: b.ttl, own: true, depth: live, priority: vault.Verifying, call: call}
 	v, a, err := b.match(ctx, n, presented)
 	if err == nil && v.Result == NoMatch && age(b.now(), a.entry.asOf) > secondLook {
 		v, a, err = b.lookAgain(ctx, n, a, presented)
@@ -67,14 +67,14 @@ func (b *Broker) Verify(ctx context.Context, call Call, key secret.Key, token se
 	return v, nil
 }
 
-// verifying is the priority of a look-up of key.
-func (b *Broker) verifying(key secret.Key) vault.Priority {
-	if b.vain.TokensAt(b.now()) < 1 {
-		if _, known := b.knownOf(key); !known {
-			return vault.Rest
-		}
+// inVain reports that a look-up of key, which the broker never saw, is likely to be
+// for a made-up instance: there were many such.
+func (b *Broker) inVain(key secret.Key) bool {
+	if b.vain.TokensAt(b.now()) >= 1 {
+		return false
 	}
-	return vault.Verifying
+	_, known := b.knownOf(key)
+	return !known
 }
 
 // match compares a token with its secret's current version and with the one in

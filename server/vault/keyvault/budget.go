@@ -24,7 +24,8 @@ const (
 )
 
 const (
-	// mostWaiting bounds the queue. Who comes then is refused at once.
+	// mostWaiting bounds each caller's line in a class. What comes then is refused at
+	// once, and nobody else's.
 	mostWaiting = 10_000
 	// yieldEvery is which turn of a class goes to those behind it, if any wait. Else
 	// a flood of verifications, of instances that somebody made up, would stop all
@@ -121,11 +122,11 @@ func (b *budget) take(ctx context.Context, c class) error {
 		b.mu.Unlock()
 		return nil
 	}
-	if b.waiting >= mostWaiting {
+	w, origin := &waiter{granted: make(chan struct{})}, vault.OriginOf(ctx)
+	if len(b.queues[c].callers[origin.Caller]) >= mostWaiting {
 		b.mu.Unlock()
 		return errBudget
 	}
-	w, origin := &waiter{granted: make(chan struct{})}, vault.OriginOf(ctx)
 	b.queues[c].push(origin.Caller, w)
 	b.waiting++
 	b.arm()

@@ -282,8 +282,14 @@ func TestBudgetBoundsTheQueue(t *testing.T) {
 			go func() { ended <- b.take(by(ctx, "a"), rest) }()
 		}
 		synctest.Wait()
-		if err := b.take(by(t.Context(), "b"), rest); !errors.Is(err, errBudget) {
+		if err := b.take(by(t.Context(), "a"), rest); !errors.Is(err, errBudget) {
 			t.Errorf("got %v, want errBudget at once", err)
+		}
+		others, cancelOthers := context.WithTimeout(t.Context(), time.Second)
+		defer cancelOthers()
+		began := time.Now()
+		if err := b.take(by(others, "b"), rest); !errors.Is(err, errBudget) || time.Since(began) < 800*time.Millisecond {
+			t.Errorf("got %v after %v, want a place in the queue for another caller", err, time.Since(began))
 		}
 		leave()
 		for range mostWaiting {
@@ -291,8 +297,8 @@ func TestBudgetBoundsTheQueue(t *testing.T) {
 		}
 		short, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		began := time.Now()
-		if err := b.take(by(short, "b"), rest); !errors.Is(err, errBudget) || time.Since(began) < 800*time.Millisecond {
+		began = time.Now()
+		if err := b.take(by(short, "a"), rest); !errors.Is(err, errBudget) || time.Since(began) < 800*time.Millisecond {
 			t.Errorf("got %v after %v, want a place in the queue: those before have left", err, time.Since(began))
 		}
 	})
