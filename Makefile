@@ -7,8 +7,8 @@ PACKAGES := ./...
 FUZZTIME ?= 30s
 # How many runs of random faults "make soak" makes.
 SEEDS ?= 2000
-# What "make bench" runs.
-BENCH ?= Durable
+# "make bench QUICK=1" prints the tables from fewer and shorter rounds.
+QUICK ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help run run-keyvault serve build test test-azure check generate bench fuzz soak
@@ -43,8 +43,9 @@ check: ## what CI asks beyond the tests: generated code, lint, vet, analysis, ra
 generate: ## make gen/ from proto/
 	$(TOOL) buf generate
 
-bench: ## measure the store against plain bbolt in one run and print the ratios
-	go test -run '^$$' -bench '$(BENCH)' -benchtime 1x ./server/vault/embedded
+# A program of its own, not "go run", as above. Its stores are in TMPDIR, and removed.
+bench: build ## measure the broker beside an empty gRPC server, and write docs/performance.md; QUICK=1 prints only
+	@go build -o bin/bench ./internal/bench && exec bin/bench -broker bin/broker $(if $(QUICK),-quick,-docs docs)
 
 soak: ## random faults against one secret, SEEDS (2000) times over
 	BROKER_TEST_SEEDS=$(SEEDS) go test -count 1 -timeout 60m -run '^TestRandomFaults$$' ./server

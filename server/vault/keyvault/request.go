@@ -38,7 +38,7 @@ func newTransport() *http.Transport {
 	t.ForceAttemptHTTP2 = false
 	t.Protocols = new(http.Protocols)
 	t.Protocols.SetHTTP1(true)
-	t.MaxIdleConns, t.MaxIdleConnsPerHost = 0, 64
+	t.MaxIdleConns, t.MaxIdleConnsPerHost = 0, 128
 	t.DialContext = dialer.DialContext
 	t.TLSHandshakeTimeout = 5 * time.Second
 	t.OnProxyConnectResponse = func(_ context.Context, _ *url.URL, _ *http.Request, resp *http.Response) error {
