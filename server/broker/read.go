@@ -196,6 +196,7 @@ func (b *Broker) ask(ctx context.Context, n need) (answer, error) {
 				return answer{e, o, Live}, nil
 			}
 			continue
+		case errors.Is(err, errSlow), errors.Is(err, errNoTurn), errors.Is(err, errTooLate): // for this read
 		case f.hurried(err) && (deadline.IsZero() || f.deadline.Before(deadline)):
 			continue // with one of its own
 		case b.stopped.Err() != nil:
