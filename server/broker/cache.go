@@ -24,7 +24,7 @@ const (
 )
 
 // entry is a secret as the vault had it at one moment, as far as reads need it. It
-// is not changed once others can see it, but for the two times at its end.
+// is not changed once others can see it, but for what is at its end.
 type entry struct {
 	Metadata              // of the current version; State is Absent when there is none
 	value    secret.Value // unless State is not Active
@@ -44,7 +44,9 @@ type entry struct {
 
 	renewed atomic.Bool  // a newer one was asked for, ahead of its end
 	failed  atomic.Int64 // when asking again failed, as the vault could not be reached; Unix ns
-	looked  atomic.Int64 // when it was last asked again for a token that does not match
+	// When it, and the version before, was last asked for again because of a token that
+	// does not match; Unix ns.
+	looked, lookedBefore atomic.Int64
 }
 
 // older is another version than the current one, or why it is not served.
@@ -115,6 +117,8 @@ func (e *entry) copy() *entry {
 		previous: e.previous, graceEnd: e.graceEnd, change: e.change, op: e.op, older: e.older,
 	}
 	n.looked.Store(e.looked.Load())
+	n.lookedBefore.Store(e.lookedBefore.Load())
+	n.failed.Store(e.failed.Load())
 	return n
 }
 
@@ -148,6 +152,7 @@ type shard struct {
 	mu      sync.Mutex
 	flights map[secret.Key][]*flight
 	writing map[secret.Key]bool // since a write's first effect
+	writes  int                 // that began or ended
 }
 
 // newCache keeps values for so long, and that there is none as long as it is
@@ -155,8 +160,8 @@ type shard struct {
 func newCache(keep time.Duration) *cache {
 	c := &cache{seed: maphash.MakeSeed()}
 	c.entries = otter.Must(&otter.Options[secret.Key, *entry]{
-		MaximumWeight:    cacheBytes,
-		Weigher:          func(_ secret.Key, e *entry) uint32 { return e.weight() },
+		MaximumWeight: cacheBytes,
+		Weigher:       func(_ secret.Key, e *entry) uint32 { return e.weight() },
 		ExpiryCalculator: otter.ExpiryWritingFunc(func(e otter.Entry[secret.Key, *entry]) time.Duration {
 			if e.Value.State == Absent {
 				return absentFor
@@ -182,14 +187,17 @@ func (c *cache) get(key secret.Key) *entry {
 	return e
 }
 
-// begin is called before the first effect of a write is sent.
-func (c *cache) begin(key secret.Key) {
+// begin is called before the first effect of a write is sent. It gives what was kept.
+func (c *cache) begin(key secret.Key) *entry {
 	s := c.shard(key)
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	kept := c.get(key)
 	s.writing[key] = true
+	s.writes++
 	c.entries.Invalidate(key)
 	s.outdate(key)
+	return kept
 }
 
 // end is called before a write returns. e is what it left or found there, nil when
@@ -198,6 +206,7 @@ func (b *Broker) end(key secret.Key, e *entry) {
 	s := b.cache.shard(key)
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.writes++
 	if s.writing[key] {
 		delete(s.writing, key)
 		b.cache.entries.Invalidate(key)
@@ -252,12 +261,36 @@ func (b *Broker) drop(key secret.Key) {
 	b.cache.entries.Invalidate(key)
 }
 
+// writes counts what may have changed a secret in memory.
+func (c *cache) writes(key secret.Key) int {
+	s := c.shard(key)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.writes
+}
+
+// offer keeps what was found beside the flights: or nothing, if something was written
+// since then.
+func (b *Broker) offer(found *snapshot, then int) {
+	e := b.entryOf(found)
+	s := b.cache.shard(found.key)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case s.writing[found.key]:
+	case s.writes != then:
+		b.cache.entries.Invalidate(found.key)
+	default:
+		b.keep(s, e)
+	}
+}
+
 // hold is called before each effect of an operation, which counts from then on for
 // everything that is read.
 func (b *Broker) hold(op *operation) {
 	if !op.held {
 		op.held = true
-		b.cache.begin(op.key)
+		op.before = b.cache.begin(op.key)
 	}
 	op.after, op.sentAt = nil, b.now()
 }

@@ -27,10 +27,12 @@ func (b *Broker) Describe(ctx context.Context, call Call, key secret.Key) (Descr
 }
 
 func (b *Broker) describe(ctx context.Context, key secret.Key) (Description, error) {
+	writes := b.cache.writes(key)
 	s, err := b.load(ctx, key, whole)
 	if err != nil {
 		return Description{}, err
 	}
+	b.offer(s, writes)
 	if s.hasLate() {
 		b.repair(key)
 	}

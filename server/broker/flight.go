@@ -61,6 +61,8 @@ type need struct {
 	// mayAsk, unless nil, says whether the vault may be asked, where nobody asks it
 	// yet.
 	mayAsk func() bool
+	// patient reports that memory is no answer as long as the vault's turn may come.
+	patient bool
 
 	began time.Time
 }
@@ -95,6 +97,7 @@ func (b *Broker) board(deadline time.Time, n *need) (f *flight, after bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var before *flight
+	asked := false
 	for _, f := range s.flights[n.key] {
 		if f.serves(n, now) {
 			f.users++
@@ -103,8 +106,9 @@ func (b *Broker) board(deadline time.Time, n *need) (f *flight, after bool) {
 		if !f.sent.IsZero() && !f.outdated && f.version == n.version {
 			before = f
 		}
+		asked = asked || f.queued && !f.outdated && f.version == n.version // by another caller, in vain as yet
 	}
-	if n.mayAsk != nil && !n.mayAsk() {
+	if n.mayAsk != nil && !asked && !n.mayAsk() {
 		return nil, false
 	}
 	f = &flight{
@@ -192,11 +196,11 @@ func (b *Broker) fly(ctx context.Context, s *shard, f *flight, call Call, before
 	f.entry, f.older, f.err = e, o, err
 	switch {
 	case f.outdated || s.writing[f.key]:
+	case err == nil && o != nil:
+		b.keep(s, e)
+		b.keepOlder(e, o)
 	case e != nil:
 		b.keep(s, e)
-		if o != nil {
-			b.keepOlder(e, o)
-		}
 	case unreachable(err):
 		// A caller in a hurry says nothing of the vault.
 		now := b.now()
@@ -226,13 +230,14 @@ func (b *Broker) fetch(ctx context.Context, f *flight) (e *entry, o *older, err 
 		if s.hasLate() {
 			b.repair(f.key)
 		}
-		o = nil
+		e, o = nil, nil
 		if f.version == "" || f.version == s.current.Version || s.state == Absent || s.state == Deleted {
 			return struct{}{}, nil
 		}
 		v, value, err := b.valueOf(ctx, s, f.version)
 		var refusal *Error
 		if err != nil && !errors.As(err, &refusal) {
+			e = b.entryOf(s) // what is known by now
 			return struct{}{}, err
 		}
 		v.Version = f.version
@@ -240,7 +245,7 @@ func (b *Broker) fetch(ctx context.Context, f *flight) (e *entry, o *older, err 
 		return struct{}{}, nil
 	})
 	if err != nil {
-		return nil, nil, err
+		return e, nil, err
 	}
 	return b.entryOf(s), o, nil
 }
@@ -255,13 +260,15 @@ func (b *Broker) keepOlder(e *entry, o *older) {
 // unreachable reports that the vault could not be asked, which says nothing of the
 // secret or of the broker's rights.
 func unreachable(err error) bool {
-	return errors.Is(err, vault.ErrUnavailable) || errors.Is(err, vault.ErrThrottled) ||
-		errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, vault.ErrRefused)
+	return !refused(err) && (errors.Is(err, vault.ErrUnavailable) || errors.Is(err, vault.ErrThrottled) || errors.Is(err, context.DeadlineExceeded))
 }
 
 // refused reports that the vault answered, and what was kept is not to be served any
 // more.
 func refused(err error) bool {
 	var told *Error
-	return errors.Is(err, vault.ErrRefused) || errors.As(err, &told) && told.Reason == secret.KeyMismatch
+	if errors.As(err, &told) {
+		return told.Reason == secret.KeyMismatch
+	}
+	return errors.Is(err, vault.ErrRefused) || errors.As(err, &halfError{})
 }

@@ -130,9 +130,13 @@ func (b *Broker) listInstance(ctx context.Context, req ListRequest, at place) (L
 		if !req.Visible(key) {
 			continue
 		}
+		writes := b.cache.writes(key)
 		s, err := b.look(ctx, key, whole)
 		if err != nil {
 			return ListResult{}, err
+		}
+		if !s.copied() {
+			b.offer(s, writes)
 		}
 		m := s.metadata(s.current)
 		m.Version = ""

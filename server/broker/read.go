@@ -177,8 +177,13 @@ func (b *Broker) ask(ctx context.Context, n need) (answer, error) {
 	for {
 		f, after := b.board(deadline, &n)
 		if f == nil {
+			e := b.cache.get(n.key)
+			if o, ok := b.fallback(&n, e, b.now()); ok {
+				return answer{e, o, StaleOnError}, nil
+			}
 			return answer{}, errNotAsked
 		}
+		n.mayAsk = nil // or somebody did
 		err := b.await(ctx, &n, f, f != last)
 		last = f
 		now := b.now()
@@ -254,10 +259,7 @@ func (f *flight) hurried(err error) bool {
 // await waits for f as long as this read may: up to its deadline, and less while
 // memory could answer it. It looks elsewhere when that is said and may be better.
 func (b *Broker) await(ctx context.Context, n *need, f *flight, elsewhere bool) error {
-	limit := time.Duration(math.MaxInt64)
-	if until, ok := vault.Until(ctx); ok {
-		limit = time.Until(until)
-	}
+	limit := untilOf(ctx)
 	now, impatient := b.now(), false
 	e := b.cache.get(n.key)
 	if _, ok := b.fallback(n, e, now); ok {
@@ -277,24 +279,39 @@ func (b *Broker) await(ctx context.Context, n *need, f *flight, elsewhere bool) 
 	} else if f.caller == n.call.Caller && f.priority >= n.priority {
 		waits = nil
 	}
-	err := errElsewhere
-	select {
-	case <-f.done:
-		return f.err
-	case <-newer:
-	case <-waits:
-	case <-ctx.Done():
-		err = ctx.Err()
-	case <-timer.C:
-		if impatient {
-			// It is not left, and goes on: whoever comes next is to find the vault back.
-			e.failed.Store(now.UnixNano())
-			return errSlow
+	for {
+		err := errElsewhere
+		select {
+		case <-f.done:
+			return f.err
+		case <-newer:
+		case <-waits:
+		case <-ctx.Done():
+			err = ctx.Err()
+		case <-timer.C:
+			err = b.tooLate(f)
+			switch {
+			case impatient && n.patient && errors.Is(err, errNoTurn):
+				impatient = false
+				timer.Reset(untilOf(ctx))
+				continue
+			case impatient:
+				// It is not left, and goes on: whoever comes next is to find the vault back.
+				e.failed.Store(now.UnixNano())
+				return errSlow
+			}
 		}
-		err = b.tooLate(f)
+		b.leave(f)
+		return err
 	}
-	b.leave(f)
-	return err
+}
+
+// untilOf is how long a call with ctx may wait.
+func untilOf(ctx context.Context) time.Duration {
+	if until, ok := vault.Until(ctx); ok {
+		return time.Until(until)
+	}
+	return math.MaxInt64
 }
 
 // tooLate says what f waited for in vain.

@@ -67,17 +67,23 @@ func (b *Broker) load(ctx context.Context, key secret.Key, d depth) (*snapshot, 
 	if err != nil {
 		return nil, err
 	}
-	if s.current.key != "" && s.current.key != key.String() {
+	if s.copied() {
 		return nil, refuse(key, secret.KeyMismatch, "the vault's tag on this secret names another key; it was copied by hand, and has to be set anew or its tags removed")
 	}
 	return s, nil
 }
+
+// copied reports that the current version bears the tags of another secret.
+func (s *snapshot) copied() bool { return s.current.key != "" && s.current.key != s.key.String() }
 
 // look is load for a list, which shows copied ones too.
 func (b *Broker) look(ctx context.Context, key secret.Key, d depth) (*snapshot, error) {
 	pauses := vault.NewPauses(lookPause, time.Second)
 	for asked := 1; ; asked++ {
 		s, err := steady(func() (*snapshot, error) { return b.loadOnce(ctx, key, d, asked) })
+		if errors.Is(err, vault.ErrRefused) {
+			b.drop(key) // nothing of it is to be served when the vault cannot be reached
+		}
 		if !errors.Is(err, errStale) {
 			return s, err
 		}
@@ -129,15 +135,15 @@ func (b *Broker) loadOnce(ctx context.Context, key secret.Key, d depth, asked in
 	case err == nil:
 		s.live, s.current, s.value, s.state = true, newVersion(props), value, Active
 		if err := b.judge(ctx, s, asked); err != nil {
-			return nil, err
+			return nil, half(err)
 		}
 	case errors.Is(err, vault.ErrDisabled):
 		s.live = true
 		if err := b.list(ctx, s); err != nil {
-			return nil, err
+			return nil, half(err)
 		}
 		if err := b.enter(ctx, s); err != nil {
-			return nil, err
+			return nil, half(err)
 		}
 	case errors.Is(err, vault.ErrNotFound):
 		b.missing(key)
@@ -150,7 +156,7 @@ func (b *Broker) loadOnce(ctx context.Context, key secret.Key, d depth, asked in
 			return s, nil
 		}
 		if err != nil {
-			return nil, err
+			return nil, half(err)
 		}
 		s.state, s.current, s.deletedAt, s.purgeAt = Deleted, newVersion(d.Properties), d.DeletedAt, d.PurgeAt
 	default:
@@ -166,6 +172,14 @@ func (b *Broker) loadOnce(ctx context.Context, key secret.Key, d depth, asked in
 	}
 	return s, nil
 }
+
+// halfError is why the vault did not say all of a secret, after it said that it is not
+// as it was, or not surely.
+type halfError struct{ error }
+
+func (e halfError) Unwrap() error { return e.error }
+
+func half(err error) error { return halfError{err} }
 
 // enter sets the state, and the value, by a current version that was found in the
 // list.

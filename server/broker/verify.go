@@ -9,6 +9,7 @@ import (
 	"errors"
 	"hash"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/exto/secrets-broker/secret"
@@ -55,7 +56,8 @@ func (b *Broker) Verify(ctx context.Context, call Call, key secret.Key, token se
 	presented := b.digests.of(key, token)
 	n := need{key: key, max: b.ttl, own: true, depth: live, priority: vault.Verifying, call: call}
 	v, a, err := b.match(ctx, n, presented)
-	if err == nil && v.Result == NoMatch && age(b.now(), a.entry.asOf) > secondLook {
+	// What is stale was asked for just now, in vain.
+	if err == nil && v.Result == NoMatch && a.source != StaleOnError && age(b.now(), a.entry.asOf) > secondLook {
 		v, a, err = b.lookAgain(ctx, n, a, presented)
 	}
 	if err != nil {
@@ -94,8 +96,11 @@ func (b *Broker) match(ctx context.Context, n need, presented digest) (Verificat
 			return Verification{Result: NoMatch}, a, nil
 		}
 		before := n
-		before.version, before.max, before.mayAsk = e.previous, b.ttl, nil
+		before.version, before.max, before.mayAsk = e.previous, b.ttl, lookedFor(&e.lookedBefore, b.now())
 		old, err := b.read(ctx, before)
+		if errors.Is(err, errNotAsked) {
+			err = errSlow // a moment ago, and memory does not have it
+		}
 		if err != nil {
 			return Verification{}, a, err
 		}
@@ -112,16 +117,20 @@ func (b *Broker) match(ctx context.Context, n need, presented digest) (Verificat
 // lookAgain asks the vault once more before a token is refused by what is
 // remembered: it may have been changed there by others.
 func (b *Broker) lookAgain(ctx context.Context, n need, remembered answer, presented digest) (Verification, answer, error) {
-	n.max = secondLook
-	n.mayAsk = func() bool {
-		now, last := b.now(), remembered.entry.looked.Load()
-		return now.Sub(time.Unix(0, last)) >= secondLook && remembered.entry.looked.CompareAndSwap(last, now.UnixNano())
-	}
+	n.max, n.patient, n.mayAsk = secondLook, true, lookedFor(&remembered.entry.looked, b.now())
 	v, a, err := b.match(ctx, n, presented)
 	if errors.Is(err, errNotAsked) || unreachable(err) {
 		return Verification{Result: NoMatch}, remembered, nil
 	}
 	return v, a, err
+}
+
+// lookedFor allows a look, and no other within secondLook of it.
+func lookedFor(last *atomic.Int64, now time.Time) func() bool {
+	return func() bool {
+		was := last.Load()
+		return now.Sub(time.Unix(0, was)) >= secondLook && last.CompareAndSwap(was, now.UnixNano())
+	}
 }
 
 // digest stands for a token in comparisons: of its bytes nothing can be told from how

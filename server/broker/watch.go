@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"cmp"
 	"context"
 	"hash/maphash"
 	"slices"
@@ -110,6 +111,7 @@ type watched struct {
 	watchers map[*watcher]bool // and whether it was told of this secret yet
 	last     standing          // zero: nothing is known yet
 	asked    time.Time         // when the vault was last asked because of this
+	due      bool              // to be asked at once
 }
 
 // standing is how a secret stands.
@@ -119,8 +121,26 @@ type standing struct {
 	op   uint64
 }
 
-func (s *standing) same(e *entry) bool {
-	return s.State == e.State && s.Version == e.Version && s.Generation == e.Generation
+// next is what follows on s. An operation is remembered while the name is absent or
+// somebody else's, so that it is not taken for a new one after that.
+func (s standing) next(e *entry) standing {
+	return standing{e.Metadata, e.asOf, cmp.Or(e.op, s.op)}
+}
+
+// changed says how e differs from s; 0: it does not.
+func (s standing) changed(e *entry) Change {
+	same := s.Version == e.Version && s.Generation == e.Generation
+	switch {
+	case s.asOf.IsZero():
+		return Current
+	case same && s.State == e.State:
+		return 0
+	case e.op == 0, (e.State == Deleted) != (e.change == DeletedChange), e.op == s.op && (s.Version == e.Version || s.State != e.State):
+		return ChangedOutside
+	case s.Generation > 0 && e.Generation > s.Generation+1:
+		return Current // there was another one in between
+	}
+	return e.change
 }
 
 // watch adds w to those who watch key.
@@ -167,8 +187,8 @@ func (ws *watches) begin(w *watcher, e *entry) {
 		return // it has ended
 	}
 	told, ok := k.watchers[w]
-	if k.last.asOf.IsZero() || k.last.asOf.Before(e.asOf) && k.last.same(e) {
-		k.last = standing{e.Metadata, e.asOf, e.op}
+	if k.last.asOf.IsZero() || k.last.asOf.Before(e.asOf) && k.last.changed(e) == 0 {
+		k.last = k.last.next(e)
 	}
 	if ok && !told {
 		k.watchers[w] = true
@@ -185,22 +205,19 @@ func (ws *watches) publish(e *entry) {
 	ws.mu.Lock()
 	defer ws.mu.Unlock()
 	k := ws.keys[e.Key]
-	if k == nil || k.last.asOf.After(e.asOf) {
+	if k == nil {
 		return
 	}
-	last := k.last
-	k.last = standing{e.Metadata, e.asOf, e.op}
-	if !last.asOf.IsZero() && last.same(e) {
+	if k.last.asOf.After(e.asOf) {
+		// A watch began during the write that ends with e: which of the two is the
+		// newer, the vault has to say.
+		k.due = true
 		return
 	}
-	change := ChangedOutside
-	switch {
-	case last.asOf.IsZero():
-		change = Current
-	case e.op != 0 && e.op != last.op && e.Generation > last.Generation+1 && last.Generation > 0:
-		change = Current // there was another one in between
-	case e.op != 0 && e.op != last.op:
-		change = e.change
+	change := k.last.changed(e)
+	k.last = k.last.next(e)
+	if change == 0 {
+		return
 	}
 	for w, told := range k.watchers {
 		k.watchers[w] = true
@@ -299,10 +316,11 @@ func (ws *watches) due(now time.Time, ttl time.Duration) (due []need, over bool)
 	}
 	since := map[secret.Key]time.Time{}
 	for key, k := range ws.keys {
-		if k.last.asOf.IsZero() || age(now, k.last.asOf) < time.Duration(pollShare*float64(ttl)) || age(now, k.asked) < time.Duration(retryShare*float64(ttl)) {
+		old := age(now, k.last.asOf) >= time.Duration(pollShare*float64(ttl)) && age(now, k.asked) >= time.Duration(retryShare*float64(ttl))
+		if k.last.asOf.IsZero() || !old && !k.due {
 			continue
 		}
-		k.asked = now
+		k.asked, k.due = now, false
 		since[key] = k.last.asOf
 		for w := range k.watchers {
 			due = append(due, need{key: key, depth: whole, priority: vault.Rest, call: w.call, began: now})

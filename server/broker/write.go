@@ -35,6 +35,8 @@ type operation struct {
 	// after is the secret as the operation last saw or left it, for the reads that
 	// come after it; nil when that is not known.
 	after *entry
+	// before is what reads knew before its first effect.
+	before *entry
 	// begun reports that a step of it was done, so that the rest is not the
 	// caller's to wait for.
 	begun bool
@@ -140,6 +142,10 @@ func do[R any](b *Broker, ctx context.Context, op *operation, work func(context.
 			leave()
 			cut()
 			cancel()
+			var told *Error
+			if op.held && !op.begun && errors.As(o.err, &told) && told.Commit == secret.NotApplied {
+				op.after = op.before // nothing came of it
+			}
 			if op.held || op.after != nil {
 				b.end(op.key, op.after)
 			}
