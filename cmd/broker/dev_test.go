@@ -86,9 +86,11 @@ func TestPrintedCalls(t *testing.T) {
 		}
 		cmd := exec.Command("sh", "-c", line)
 		cmd.Dir = dir
-		out, err := cmd.CombinedOutput()
+		var failure strings.Builder // where go also says what it downloads
+		cmd.Stderr = &failure
+		out, err := cmd.Output()
 		if err != nil {
-			t.Fatalf("%s: %v\n%s", line, err, out)
+			t.Fatalf("%s: %v\n%s%s", line, err, out, failure.String())
 		}
 		var answer map[string]any
 		if err := json.Unmarshal(out, &answer); err != nil {
@@ -96,8 +98,8 @@ func TestPrintedCalls(t *testing.T) {
 		}
 		answers = append(answers, answer)
 	}
-	if len(answers) != 7 {
-		t.Fatalf("got %d calls, want 7", len(answers))
+	if len(answers) != 8 {
+		t.Fatalf("got %d calls, want 8", len(answers))
 	}
 	at := func(answer int, path ...string) any {
 		var v any = answers[answer]
@@ -114,11 +116,12 @@ func TestPrintedCalls(t *testing.T) {
 	}{
 		{0, "metadata.key", "instance-demo-dburi"}, {0, "metadata.generation", "1"}, {0, "metadata.state", "SECRET_STATE_ACTIVE"},
 		{0, "metadata.createdBy", "spiffe://console.exto/console-api"},
-		{1, "value", "mongodb://app:correct-horse@db-7:27017/orders"}, {1, "freshness.source", "FRESHNESS_SOURCE_LIVE"},
+		{1, "value", "mongodb://app:correct-horse@db-7:27017/orders"}, {1, "freshness.source", "FRESHNESS_SOURCE_CACHE"},
 		{2, "metadata.key", "instance-demo"},
-		{3, "redactedValue", "mongodb://app:***@db-7:27017/orders"},
-		{4, "metadata.state", "SECRET_STATE_DELETED"},
-		{6, "metadata.state", "SECRET_STATE_ACTIVE"},
+		{3, "result", "VERIFY_RESULT_NO_MATCH"},
+		{4, "redactedValue", "mongodb://app:***@db-7:27017/orders"},
+		{5, "metadata.state", "SECRET_STATE_DELETED"},
+		{7, "metadata.state", "SECRET_STATE_ACTIVE"},
 	} {
 		if got := at(want.answer, strings.Split(want.path, ".")...); got != want.value {
 			t.Errorf("call %d: got %s %v, want %v", want.answer+1, want.path, got, want.value)
@@ -127,7 +130,7 @@ func TestPrintedCalls(t *testing.T) {
 	if token, _ := at(2, "value").(string); !regexp.MustCompile(`^exto_rt_[A-Za-z0-9_-]{43}_[0-9A-Za-z]{6}$`).MatchString(token) {
 		t.Error("got no token of the broker's form")
 	}
-	if listed, _ := at(5, "secrets").([]any); len(listed) != 2 {
+	if listed, _ := at(6, "secrets").([]any); len(listed) != 2 {
 		t.Errorf("got %v, want both secrets", listed)
 	}
 }

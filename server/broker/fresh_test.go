@@ -99,8 +99,8 @@ func (c *cellar) Versions(_ context.Context, key secret.Key) ([]vault.Properties
 	return []vault.Properties{c.values[key]}, nil
 }
 
-// holdFirst makes the first answer wait until open, and those that come after it be
-// errors where err gives one.
+// holdFirst makes the first answer wait until open, and those after it be what
+// err gives, unless that is nil.
 func (c *cellar) holdFirst(err func(asked int64) error) (sent chan struct{}, open func()) {
 	sent, opened := make(chan struct{}), make(chan struct{})
 	c.hold = func(asked int64) error {
@@ -109,12 +109,13 @@ func (c *cellar) holdFirst(err func(asked int64) error) (sent chan struct{}, ope
 			<-opened
 			return nil
 		}
+		if err == nil {
+			return nil
+		}
 		return err(asked)
 	}
 	return sent, sync.OnceFunc(func() { close(opened) })
 }
-
-func noError(int64) error { return nil }
 
 // heart is a broker on the cellar.
 func (c *cellar) heart(t *testing.T) *broker.Broker {
@@ -182,14 +183,13 @@ func TestWhoMayJoin(t *testing.T) {
 		req   broker.GetRequest
 		joins bool
 	}{
-		"at once":              {0, broker.GetRequest{}, true},
-		"at the bound":         {30 * time.Second, broker.GetRequest{}, true},
-		"after the bound":      {30*time.Second + 1, broker.GetRequest{}, false},
-		"at its own bound":     {time.Minute, broker.GetRequest{MaxStaleness: within(time.Minute)}, true},
-		"never with 0s":        {0, broker.GetRequest{MaxStaleness: within(0)}, false},
-		"not with 0s, later":   {1, broker.GetRequest{MaxStaleness: within(0)}, false},
-		"for another version":  {0, broker.GetRequest{Version: "another"}, false},
-		"for the same as well": {0, broker.GetRequest{KnownVersion: "x", MinGeneration: 1}, true},
+		"at once":             {0, broker.GetRequest{}, true},
+		"at the bound":        {30 * time.Second, broker.GetRequest{}, true},
+		"after the bound":     {30*time.Second + 1, broker.GetRequest{}, false},
+		"at its own bound":    {time.Minute, broker.GetRequest{MaxStaleness: within(time.Minute)}, true},
+		"never with 0s":       {0, broker.GetRequest{MaxStaleness: within(0)}, false},
+		"for another version": {0, broker.GetRequest{Version: "another"}, false},
+		"with conditions":     {0, broker.GetRequest{KnownVersion: "x", MinGeneration: 1}, true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -240,7 +240,7 @@ func TestJoinedAnswerIsTooLow(t *testing.T) {
 			t.Parallel()
 			c := newCellar()
 			c.put(key, 2)
-			sent, open := c.holdFirst(noError)
+			sent, open := c.holdFirst(nil)
 			b := c.heart(t)
 			first := read(t, b, broker.GetRequest{Key: key})
 			<-sent
@@ -266,7 +266,7 @@ func TestNobodyAsksForWhatHasJustArrived(t *testing.T) {
 	t.Parallel()
 	key, c := keyOf(t, secret.DatabaseURI, "demo"), newCellar()
 	c.put(key, 1)
-	sent, open := c.holdFirst(noError)
+	sent, open := c.holdFirst(nil)
 	b := c.heart(t)
 	first := read(t, b, broker.GetRequest{Key: key})
 	<-sent

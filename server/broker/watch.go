@@ -49,7 +49,7 @@ func (b *Broker) Watch(ctx context.Context, call Call, keys []secret.Key, send f
 	begun := make(chan error, 1)
 	go func() { begun <- b.beginWatch(ctx, keys, w) }()
 	for {
-		for event, ok := w.next(); ok; event, ok = w.next() {
+		for event, ok := w.next(); ok && ctx.Err() == nil; event, ok = w.next() {
 			if err := send(event); err != nil {
 				return err
 			}
