@@ -44,9 +44,9 @@ type entry struct {
 
 	renewed atomic.Bool  // a newer one was asked for, ahead of its end
 	failed  atomic.Int64 // when asking again failed, as the vault could not be reached; Unix ns
-	// When it, and the version before, was last asked for again because of a token that
-	// does not match; Unix ns.
-	looked, lookedBefore atomic.Int64
+	looked  atomic.Int64 // when it was last asked for again for a token that does not match
+	// When the version before could not be asked for.
+	beforeFailed atomic.Int64
 }
 
 // older is another version than the current one, or why it is not served.
@@ -117,7 +117,7 @@ func (e *entry) copy() *entry {
 		previous: e.previous, graceEnd: e.graceEnd, change: e.change, op: e.op, older: e.older,
 	}
 	n.looked.Store(e.looked.Load())
-	n.lookedBefore.Store(e.lookedBefore.Load())
+	n.beforeFailed.Store(e.beforeFailed.Load())
 	n.failed.Store(e.failed.Load())
 	return n
 }
@@ -187,17 +187,15 @@ func (c *cache) get(key secret.Key) *entry {
 	return e
 }
 
-// begin is called before the first effect of a write is sent. It gives what was kept.
-func (c *cache) begin(key secret.Key) *entry {
+// begin is called before the first effect of a write is sent.
+func (c *cache) begin(key secret.Key) {
 	s := c.shard(key)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	kept := c.get(key)
 	s.writing[key] = true
 	s.writes++
 	c.entries.Invalidate(key)
 	s.outdate(key)
-	return kept
 }
 
 // end is called before a write returns. e is what it left or found there, nil when
@@ -290,7 +288,7 @@ func (b *Broker) offer(found *snapshot, then int) {
 func (b *Broker) hold(op *operation) {
 	if !op.held {
 		op.held = true
-		op.before = b.cache.begin(op.key)
+		b.cache.begin(op.key)
 	}
 	op.after, op.sentAt = nil, b.now()
 }

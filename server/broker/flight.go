@@ -60,7 +60,7 @@ type need struct {
 	call     Call
 	// mayAsk, unless nil, says whether the vault may be asked, where nobody asks it
 	// yet.
-	mayAsk func() bool
+	mayAsk func(now time.Time) bool
 	// patient reports that memory is no answer as long as the vault's turn may come.
 	patient bool
 
@@ -88,30 +88,42 @@ func (f *flight) supersede() {
 	}
 }
 
-// board is the flight to wait for, which is begun when there is none, and whether the
-// vault is asked after this. nil: the vault may not be asked.
-// It goes on until the deadline, unless that is zero, or the broker's end.
-func (b *Broker) board(deadline time.Time, n *need) (f *flight, after bool) {
+// boarding is what to wait for, or not to.
+type boarding struct {
+	*flight      // nil: there is an answer, or the vault may not be asked
+	after   bool // the vault is asked after this
+	kept    *answer
+}
+
+// board is the flight to wait for, which is begun when there is none and what is kept
+// is still no answer. It goes on until the deadline, unless that is zero, or the
+// broker's end.
+func (b *Broker) board(deadline time.Time, n *need) boarding {
 	s := b.cache.shard(n.key)
 	now := b.now()
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if e := b.cache.get(n.key); e != nil {
+		if o, ok := n.met(e, n.max, now); ok {
+			return boarding{kept: &answer{e, o, Live}}
+		}
+	}
 	var before *flight
 	asked := false
 	for _, f := range s.flights[n.key] {
 		if f.serves(n, now) {
 			f.users++
-			return f, f.sent.IsZero()
+			return boarding{flight: f, after: f.sent.IsZero()}
 		}
 		if !f.sent.IsZero() && !f.outdated && f.version == n.version {
 			before = f
 		}
 		asked = asked || f.queued && !f.outdated && f.version == n.version // by another caller, in vain as yet
 	}
-	if n.mayAsk != nil && !asked && !n.mayAsk() {
-		return nil, false
+	if n.mayAsk != nil && !asked && !n.mayAsk(now) {
+		return boarding{}
 	}
-	f = &flight{
+	f := &flight{
 		key: n.key, version: n.version, depth: n.depth, caller: n.call.Caller, priority: n.priority, deadline: deadline, began: now, users: 1,
 		waits: make(chan struct{}), newer: make(chan struct{}), done: make(chan struct{}),
 	}
@@ -132,7 +144,7 @@ func (b *Broker) board(deadline time.Time, n *need) (f *flight, after bool) {
 			b.loads.Done()
 		}
 	}()
-	return f, true
+	return boarding{flight: f, after: true}
 }
 
 // leave is called by each of its users, but not when it is done.
@@ -204,7 +216,7 @@ func (b *Broker) fly(ctx context.Context, s *shard, f *flight, call Call, before
 	case unreachable(err):
 		// A caller in a hurry says nothing of the vault.
 		now := b.now()
-		if kept := b.cache.get(f.key); kept != nil && (!errors.Is(err, context.DeadlineExceeded) || age(now, f.began) >= patience) {
+		if kept := b.cache.get(f.key); kept != nil && !f.queued && (!errors.Is(err, context.DeadlineExceeded) || age(now, f.began) >= patience) {
 			kept.failed.Store(now.UnixNano())
 		}
 	case refused(err):

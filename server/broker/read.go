@@ -170,13 +170,13 @@ func (b *Broker) renew(n need) {
 // ask waits for the vault's answer, and falls back on memory where that is allowed.
 func (b *Broker) ask(ctx context.Context, n need) (answer, error) {
 	deadline, _ := ctx.Deadline()
-	if n.priority == vault.Verifying && b.inVain(n.key) {
-		n.priority = vault.Rest
-	}
 	var last *flight
 	for {
-		f, after := b.board(deadline, &n)
-		if f == nil {
+		f := b.board(deadline, &n)
+		if f.kept != nil {
+			return *f.kept, nil
+		}
+		if f.flight == nil {
 			e := b.cache.get(n.key)
 			if o, ok := b.fallback(&n, e, b.now()); ok {
 				return answer{e, o, StaleOnError}, nil
@@ -184,12 +184,12 @@ func (b *Broker) ask(ctx context.Context, n need) (answer, error) {
 			return answer{}, errNotAsked
 		}
 		n.mayAsk = nil // or somebody did
-		err := b.await(ctx, &n, f, f != last)
-		last = f
+		err := b.await(ctx, &n, f.flight, f.flight != last)
+		last = f.flight
 		now := b.now()
 		e := b.cache.get(n.key)
 		switch {
-		case err == nil && n.unmet(f.entry) && !after:
+		case err == nil && n.unmet(f.entry) && !f.after:
 			n.max = 0 // it was asked for before this read began
 			continue
 		case err == nil && n.unmet(f.entry):
@@ -197,13 +197,10 @@ func (b *Broker) ask(ctx context.Context, n need) (answer, error) {
 		case err == nil:
 			return answer{f.entry, f.older, Live}, nil
 		case errors.Is(err, errElsewhere):
-			if o, ok := n.met(e, n.max, now); ok {
-				return answer{e, o, Live}, nil
-			}
 			continue
 		case errors.Is(err, errSlow), errors.Is(err, errNoTurn), errors.Is(err, errTooLate): // for this read
-		case f.hurried(err) && (deadline.IsZero() || f.deadline.Before(deadline)):
-			continue // with one of its own
+		case f.hurried(err, deadline):
+			continue // with more time
 		case b.stopped.Err() != nil:
 			return answer{}, refuse(n.key, secret.ShuttingDown, "this broker is shutting down; try again, at another one if there is one")
 		case !unreachable(err):
@@ -221,6 +218,12 @@ func (b *Broker) ask(ctx context.Context, n need) (answer, error) {
 		}
 		return answer{}, err
 	}
+}
+
+// failing reports that the vault could not be reached for it a moment ago.
+func (e *entry) failing(now time.Time) bool {
+	failed := e.failed.Load()
+	return failed != 0 && now.Sub(time.Unix(0, failed)) < outageFor
 }
 
 // fallback is what memory may answer while the vault cannot be reached: a value.
@@ -249,11 +252,18 @@ var (
 	errTooLate = fmt.Errorf("broker: no answer in time: %w", context.DeadlineExceeded)
 )
 
-// hurried reports that a flight ended for the deadline of the caller that began it.
-func (f *flight) hurried(err error) bool {
+// hurry is how much sooner a flight's deadline must be than that of a read for which
+// the vault is asked once more when it has passed.
+const hurry = 200 * time.Millisecond
+
+// hurried reports that a flight ended for the deadline of the caller that began it,
+// which is before the given one.
+func (f *flight) hurried(err error, deadline time.Time) bool {
+	if f.deadline.IsZero() || time.Until(f.deadline) > hurry || !deadline.IsZero() && deadline.Sub(f.deadline) < hurry {
+		return false
+	}
 	var told *Error
-	return !f.deadline.IsZero() && (errors.Is(err, context.DeadlineExceeded) || errors.Is(err, vault.ErrThrottled) ||
-		errors.As(err, &told) && told.Reason == secret.StalenessUnsatisfiable)
+	return unreachable(err) || errors.As(err, &told) && told.Reason == secret.StalenessUnsatisfiable
 }
 
 // await waits for f as long as this read may: up to its deadline, and less while
@@ -264,7 +274,7 @@ func (b *Broker) await(ctx context.Context, n *need, f *flight, elsewhere bool) 
 	e := b.cache.get(n.key)
 	if _, ok := b.fallback(n, e, now); ok {
 		wait := patience
-		if failed := e.failed.Load(); failed != 0 && now.Sub(time.Unix(0, failed)) < outageFor {
+		if e.failing(now) {
 			wait = outagePatience
 		}
 		if wait = max(0, wait-age(now, f.began)); wait < limit {
@@ -295,6 +305,7 @@ func (b *Broker) await(ctx context.Context, n *need, f *flight, elsewhere bool) 
 				impatient = false
 				timer.Reset(untilOf(ctx))
 				continue
+			case impatient && errors.Is(err, errNoTurn):
 			case impatient:
 				// It is not left, and goes on: whoever comes next is to find the vault back.
 				e.failed.Store(now.UnixNano())

@@ -9,7 +9,6 @@ import (
 	"errors"
 	"hash"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/exto/secrets-broker/secret"
@@ -54,10 +53,11 @@ func (b *Broker) Verify(ctx context.Context, call Call, key secret.Key, token se
 		return Verification{Result: NoMatch}, nil // no token at all, or one with a typo
 	}
 	presented := b.digests.of(key, token)
-	n := need{key: key, max: b.ttl, own: true, depth: live, priority: vault.Verifying, call: call}
+	n := need{key: key, max: b.ttl, own: true, depth: live, priority: b.urgency(key), call: call}
 	v, a, err := b.match(ctx, n, presented)
-	// What is stale was asked for just now, in vain.
-	if err == nil && v.Result == NoMatch && a.source != StaleOnError && age(b.now(), a.entry.asOf) > secondLook {
+	// What is stale may have been asked for just now, in vain.
+	now := b.now()
+	if err == nil && v.Result == NoMatch && !(a.source == StaleOnError && a.entry.failing(now)) && age(now, a.entry.asOf) > secondLook {
 		v, a, err = b.lookAgain(ctx, n, a, presented)
 	}
 	if err != nil {
@@ -69,14 +69,19 @@ func (b *Broker) Verify(ctx context.Context, call Call, key secret.Key, token se
 	return v, nil
 }
 
-// inVain reports that a look-up of key, which the broker never saw, is likely to be
-// for a made-up instance: there were many such.
-func (b *Broker) inVain(key secret.Key) bool {
-	if b.vain.TokensAt(b.now()) >= 1 {
-		return false
+// urgency is the priority of a look-up of key. That of an instance which the broker has
+// seen goes first; any other may be made up, and is likely to be after many such.
+func (b *Broker) urgency(key secret.Key) vault.Priority {
+	if e := b.cache.get(key); e != nil && e.State != Absent {
+		return vault.VerifyingKnown
 	}
-	_, known := b.knownOf(key)
-	return !known
+	if _, known := b.knownOf(key); known {
+		return vault.VerifyingKnown
+	}
+	if b.vain.TokensAt(b.now()) < 1 {
+		return vault.Rest
+	}
+	return vault.Verifying
 }
 
 // match compares a token with its secret's current version and with the one in
@@ -96,10 +101,14 @@ func (b *Broker) match(ctx context.Context, n need, presented digest) (Verificat
 			return Verification{Result: NoMatch}, a, nil
 		}
 		before := n
-		before.version, before.max, before.mayAsk = e.previous, b.ttl, lookedFor(&e.lookedBefore, b.now())
+		before.version, before.max = e.previous, b.ttl
+		before.mayAsk = func(now time.Time) bool { return now.Sub(time.Unix(0, e.beforeFailed.Load())) >= secondLook }
 		old, err := b.read(ctx, before)
-		if errors.Is(err, errNotAsked) {
+		switch {
+		case errors.Is(err, errNotAsked):
 			err = errSlow // a moment ago, and memory does not have it
+		case unreachable(err) && !errors.Is(err, errTooLate) && !errors.Is(err, errNoTurn): // which say nothing of the vault
+			e.beforeFailed.Store(b.now().UnixNano())
 		}
 		if err != nil {
 			return Verification{}, a, err
@@ -117,20 +126,17 @@ func (b *Broker) match(ctx context.Context, n need, presented digest) (Verificat
 // lookAgain asks the vault once more before a token is refused by what is
 // remembered: it may have been changed there by others.
 func (b *Broker) lookAgain(ctx context.Context, n need, remembered answer, presented digest) (Verification, answer, error) {
-	n.max, n.patient, n.mayAsk = secondLook, true, lookedFor(&remembered.entry.looked, b.now())
+	n.max, n.patient = secondLook, true
+	looked := &remembered.entry.looked
+	n.mayAsk = func(now time.Time) bool { // and nobody else for a while
+		last := looked.Load()
+		return now.Sub(time.Unix(0, last)) >= secondLook && looked.CompareAndSwap(last, now.UnixNano())
+	}
 	v, a, err := b.match(ctx, n, presented)
 	if errors.Is(err, errNotAsked) || unreachable(err) {
 		return Verification{Result: NoMatch}, remembered, nil
 	}
 	return v, a, err
-}
-
-// lookedFor allows a look, and no other within secondLook of it.
-func lookedFor(last *atomic.Int64, now time.Time) func() bool {
-	return func() bool {
-		was := last.Load()
-		return now.Sub(time.Unix(0, was)) >= secondLook && last.CompareAndSwap(was, now.UnixNano())
-	}
 }
 
 // digest stands for a token in comparisons: of its bytes nothing can be told from how

@@ -296,7 +296,11 @@ func (b *Broker) poll() {
 			case <-b.stopped.Done():
 				return
 			}
-			f, _ := b.board(time.Now().Add(renewal), &n) // nobody leaves it: it ends by itself
+			f := b.board(time.Now().Add(renewal), &n) // nobody leaves it: it ends by itself
+			if f.flight == nil {
+				free <- struct{}{} // it was read meanwhile
+				continue
+			}
 			go func() {
 				<-f.done
 				free <- struct{}{}

@@ -35,8 +35,8 @@ type operation struct {
 	// after is the secret as the operation last saw or left it, for the reads that
 	// come after it; nil when that is not known.
 	after *entry
-	// before is what reads knew before its first effect.
-	before *entry
+	// seen is the secret as it was when the operation was last judged.
+	seen *entry
 	// begun reports that a step of it was done, so that the rest is not the
 	// caller's to wait for.
 	begun bool
@@ -144,7 +144,7 @@ func do[R any](b *Broker, ctx context.Context, op *operation, work func(context.
 			cancel()
 			var told *Error
 			if op.held && !op.begun && errors.As(o.err, &told) && told.Commit == secret.NotApplied {
-				op.after = op.before // nothing came of it
+				op.after = op.seen // nothing came of it
 			}
 			if op.held || op.after != nil {
 				b.end(op.key, op.after)
@@ -280,7 +280,8 @@ func (b *Broker) prepare(ctx context.Context, op *operation) (s *snapshot, base 
 		return nil, version{}, nil, refuse(op.key, secret.KeyMismatch, "a newer release wrote this secret in a format that this one cannot write; upgrade the broker")
 	}
 	b.raiseEpoch(base.epoch)
-	op.after = b.entryOf(s)
+	op.seen = b.entryOf(s)
+	op.after = op.seen
 	if op.asked {
 		for _, d := range s.history(base) {
 			if d.id == op.id {

@@ -37,8 +37,10 @@ const (
 	Rest Priority = iota
 	// Reading asks for a value.
 	Reading
-	// Verifying is to verify a token.
+	// Verifying is to verify a token, of an instance that may be made up.
 	Verifying
+	// VerifyingKnown is to verify a token of an instance that was seen before.
+	VerifyingKnown
 )
 
 type originKey struct{}

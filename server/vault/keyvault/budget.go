@@ -16,7 +16,8 @@ import (
 type class int
 
 const (
-	verifying class = iota
+	verifyingKnown class = iota
+	verifying
 	reading
 	rest     // of what is about one secret
 	listings // many names

@@ -125,8 +125,9 @@ func TestBudgetLetsTheFirstClassGoFirst(t *testing.T) {
 		line(t, b, reading, "other", 1, let)
 		line(t, b, verifying, "verifier", 2, let)
 		line(t, b, verifying, "console", 1, let)
+		line(t, b, verifyingKnown, "console", 1, let)
 		// By turns within a class, and no class has so many that it yields.
-		wantOrder(t, let, "verifier console verifier reader other reader writer watcher writer lister")
+		wantOrder(t, let, "console verifier console verifier reader other reader writer watcher writer lister")
 	})
 }
 
@@ -141,6 +142,7 @@ func TestBudgetYields(t *testing.T) {
 		"the next class":  {[classes]int{verifying: 9, reading: 3}, "v v v r v v v r v v v r"},
 		"only the last":   {[classes]int{verifying: 6, listings: 2}, "v v v l v v v l"},
 		"further behind":  {[classes]int{verifying: 15, reading: 4, rest: 1}, "v v v r v v v r v v v r v v v R v v v r"},
+		"known ones":      {[classes]int{verifyingKnown: 5, verifying: 2}, "k k k v k k v"},
 		"without a first": {[classes]int{reading: 4, rest: 2}, "r r r R r R"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -148,7 +150,7 @@ func TestBudgetYields(t *testing.T) {
 			bubble(t, 1, func(t *testing.T, b *budget) {
 				spend(t, b)
 				let := make(chan string, 30)
-				for c, letter := range [classes]string{"v", "r", "R", "l"} {
+				for c, letter := range [classes]string{"k", "v", "r", "R", "l"} {
 					line(t, b, class(c), letter, tt.waiting[c], let)
 				}
 				wantOrder(t, let, tt.want)
@@ -211,12 +213,13 @@ func TestClass(t *testing.T) {
 		priority vault.Priority
 		want     class
 	}{
+		{&call{op: "Get"}, vault.VerifyingKnown, verifyingKnown},
 		{&call{op: "Get"}, vault.Verifying, verifying},
 		{&call{op: "Get"}, vault.Reading, reading},
 		{&call{op: "Get"}, vault.Rest, rest},
 		{&call{op: "Set", change: true}, vault.Rest, rest},
 		{&call{op: "List", listing: true}, vault.Verifying, listings},
-		{&call{op: probeOp}, vault.Rest, verifying},
+		{&call{op: probeOp}, vault.Rest, verifyingKnown},
 	} {
 		if got := tt.call.class(tt.priority); got != tt.want {
 			t.Errorf("%s of priority %d: got class %d, want %d", tt.call.op, tt.priority, got, tt.want)

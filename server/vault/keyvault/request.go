@@ -82,7 +82,9 @@ func (c *call) class(p vault.Priority) class {
 	switch {
 	case c.listing: // behind everything, whoever asks
 		return listings
-	case c.op == probeOp, p == vault.Verifying: // readiness is to be true also when many wait
+	case c.op == probeOp, p == vault.VerifyingKnown: // readiness is to be true also when many wait
+		return verifyingKnown
+	case p == vault.Verifying:
 		return verifying
 	case p == vault.Reading:
 		return reading
