@@ -267,18 +267,14 @@ func (c *cache) writes(key secret.Key) int {
 	return s.writes
 }
 
-// offer keeps what was found beside the flights: or nothing, if something was written
-// since then.
+// offer keeps what was found beside the flights, unless something was written since
+// then: what is kept is newer in that case.
 func (b *Broker) offer(found *snapshot, then int) {
 	e := b.entryOf(found)
 	s := b.cache.shard(found.key)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	switch {
-	case s.writing[found.key]:
-	case s.writes != then:
-		b.cache.entries.Invalidate(found.key)
-	default:
+	if !s.writing[found.key] && s.writes == then {
 		b.keep(s, e)
 	}
 }

@@ -16,6 +16,10 @@ import (
 // that all who come meanwhile share it.
 const behind = 250 * time.Millisecond
 
+// leastFlight is how long the vault may take for a caller in a hurry, if others wait or
+// memory answered it.
+const leastFlight = 5 * time.Second
+
 // flight is one look at a secret in the vault, for all who can use its answer. What
 // may change is under the mutex of the secret's shard.
 type flight struct {
@@ -96,8 +100,7 @@ type boarding struct {
 }
 
 // board is the flight to wait for, which is begun when there is none and what is kept
-// is still no answer. It goes on until the deadline, unless that is zero, or the
-// broker's end.
+// is still no answer. deadline is that of the read; zero: it has none.
 func (b *Broker) board(deadline time.Time, n *need) boarding {
 	s := b.cache.shard(n.key)
 	now := b.now()
@@ -105,7 +108,11 @@ func (b *Broker) board(deadline time.Time, n *need) boarding {
 	defer s.mu.Unlock()
 	if e := b.cache.get(n.key); e != nil {
 		if o, ok := n.met(e, n.max, now); ok {
-			return boarding{kept: &answer{e, o, Live}}
+			source := Cached
+			if e.asOf.After(n.began) {
+				source = Live // asked for by somebody else, for this one as well
+			}
+			return boarding{kept: &answer{e, o, source}}
 		}
 	}
 	var before *flight
@@ -113,7 +120,7 @@ func (b *Broker) board(deadline time.Time, n *need) boarding {
 	for _, f := range s.flights[n.key] {
 		if f.serves(n, now) {
 			f.users++
-			return boarding{flight: f, after: f.sent.IsZero()}
+			return boarding{flight: f, after: f.sent.IsZero() || f.sent.After(n.began)}
 		}
 		if !f.sent.IsZero() && !f.outdated && f.version == n.version {
 			before = f
@@ -123,6 +130,13 @@ func (b *Broker) board(deadline time.Time, n *need) boarding {
 	if n.mayAsk != nil && !asked && !n.mayAsk(now) {
 		return boarding{}
 	}
+	// Whoever shares it may have more time than the caller that began it, and nobody
+	// waits for it longer than that without asking again.
+	if soon, late := time.Now().Add(leastFlight), time.Now().Add(renewal); deadline.IsZero() || deadline.After(late) {
+		deadline = late
+	} else if deadline.Before(soon) {
+		deadline = soon
+	}
 	f := &flight{
 		key: n.key, version: n.version, depth: n.depth, caller: n.call.Caller, priority: n.priority, deadline: deadline, began: now, users: 1,
 		waits: make(chan struct{}), newer: make(chan struct{}), done: make(chan struct{}),
@@ -130,12 +144,11 @@ func (b *Broker) board(deadline time.Time, n *need) boarding {
 	if b.watches.has(n.key) {
 		f.depth = whole
 	}
-	var ctx context.Context
-	if deadline.IsZero() {
-		ctx, f.cancel = context.WithCancel(b.stopped)
-	} else {
-		ctx, f.cancel = context.WithDeadline(b.stopped, deadline)
+	if n.mayAsk != nil {
+		f.users++ // the only look for a while is not taken back
 	}
+	ctx, cancel := context.WithDeadline(b.stopped, f.deadline)
+	f.cancel = cancel
 	s.flights[n.key] = append(s.flights[n.key], f)
 	counted := b.background()
 	go func() {
@@ -208,7 +221,9 @@ func (b *Broker) fly(ctx context.Context, s *shard, f *flight, call Call, before
 	f.entry, f.older, f.err = e, o, err
 	switch {
 	case f.outdated || s.writing[f.key]:
-	case err == nil && o != nil:
+	case refused(err):
+		b.cache.entries.Invalidate(f.key)
+	case err == nil && o != nil && len(f.version) <= maxVersion: // a longer one is none, and not worth the memory
 		b.keep(s, e)
 		b.keepOlder(e, o)
 	case e != nil:
@@ -219,8 +234,6 @@ func (b *Broker) fly(ctx context.Context, s *shard, f *flight, call Call, before
 		if kept := b.cache.get(f.key); kept != nil && !f.queued && (!errors.Is(err, context.DeadlineExceeded) || age(now, f.began) >= patience) {
 			kept.failed.Store(now.UnixNano())
 		}
-	case refused(err):
-		b.cache.entries.Invalidate(f.key)
 	}
 	close(f.done)
 }
@@ -236,17 +249,17 @@ func (b *Broker) fetch(ctx context.Context, f *flight) (e *entry, o *older, err 
 	}()
 	var s *snapshot
 	_, err = steady(func() (_ struct{}, err error) {
+		e, o = nil, nil
 		if s, err = b.load(ctx, f.key, f.depth); err != nil {
 			return struct{}{}, err
 		}
 		if s.hasLate() {
 			b.repair(f.key)
 		}
-		e, o = nil, nil
 		if f.version == "" || f.version == s.current.Version || s.state == Absent || s.state == Deleted {
 			return struct{}{}, nil
 		}
-		v, value, err := b.valueOf(ctx, s, f.version)
+		v, value, err := b.valueOf(unheard(ctx), s, f.version)
 		var refusal *Error
 		if err != nil && !errors.As(err, &refusal) {
 			e = b.entryOf(s) // what is known by now

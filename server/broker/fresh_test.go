@@ -211,8 +211,8 @@ func TestWhoMayJoin(t *testing.T) {
 			if r := <-next; test.req.Version == "" && (r.err != nil || !r.AsOf.Equal(asked) || r.Source != broker.Live) {
 				t.Errorf("got %v as of %v, %v, want it as of %v", r.Source, r.AsOf, r.err, asked)
 			}
-			if got := c.asked.Load(); test.joins && got != 1 {
-				t.Errorf("the vault was asked %d times, want once", got)
+			if got := c.asked.Load(); (got == 1) != test.joins {
+				t.Errorf("the vault was asked %d times", got)
 			}
 		})
 	}

@@ -295,21 +295,31 @@ func (b *Broker) await(ctx context.Context, n *need, f *flight, elsewhere bool) 
 		case <-f.done:
 			return f.err
 		case <-newer:
+			if _, ok := n.met(b.cache.get(n.key), n.max, b.now()); !ok {
+				newer = nil // it does not help
+				continue
+			}
 		case <-waits:
 		case <-ctx.Done():
 			err = ctx.Err()
 		case <-timer.C:
 			err = b.tooLate(f)
+			noTurn := errors.Is(err, errNoTurn)
+			now = b.now()
+			e := b.cache.get(n.key)
+			_, ok := b.fallback(n, e, now)
 			switch {
-			case impatient && n.patient && errors.Is(err, errNoTurn):
+			case impatient && (!ok || n.patient && noTurn):
 				impatient = false
 				timer.Reset(untilOf(ctx))
 				continue
-			case impatient && errors.Is(err, errNoTurn):
-			case impatient:
-				// It is not left, and goes on: whoever comes next is to find the vault back.
-				e.failed.Store(now.UnixNano())
-				return errSlow
+			case ok && !noTurn:
+				// It is not left, and goes on: whoever comes next is to find the answer.
+				if impatient {
+					e.failed.Store(now.UnixNano())
+					err = errSlow
+				}
+				return err
 			}
 		}
 		b.leave(f)

@@ -128,8 +128,7 @@ func (b *Broker) loadOnce(ctx context.Context, key secret.Key, d depth, asked in
 			origin.Sends()
 		}
 	}
-	origin.Waits, origin.Sends = nil, nil
-	ctx = vault.WithOrigin(ctx, origin)
+	ctx = unheard(ctx)
 	props, value, err := b.vault.Get(vault.WithOrigin(ctx, first), key, "")
 	switch {
 	case err == nil:
@@ -171,6 +170,13 @@ func (b *Broker) loadOnce(ctx context.Context, key secret.Key, d depth, asked in
 		}
 	}
 	return s, nil
+}
+
+// unheard is ctx for requests of which the origin does not want to hear.
+func unheard(ctx context.Context) context.Context {
+	origin := vault.OriginOf(ctx)
+	origin.Waits, origin.Sends = nil, nil
+	return vault.WithOrigin(ctx, origin)
 }
 
 // halfError is why the vault did not say all of a secret, after it said that it is not

@@ -93,7 +93,7 @@ func (b *Broker) match(ctx context.Context, n need, presented digest) (Verificat
 			return Verification{}, a, err
 		}
 		e := a.entry
-		graced := e.State == Active && e.previous != "" && b.now().Before(e.graceEnd)
+		graced := e.State == Active && e.previous != "" && e.previous != e.Version && b.now().Before(e.graceEnd)
 		switch {
 		case e.digest.equal(presented) && e.State == Active:
 			return Verification{Result: MatchCurrent, Generation: e.Generation}, a, nil
@@ -119,7 +119,9 @@ func (b *Broker) match(ctx context.Context, n need, presented digest) (Verificat
 			}
 			return Verification{Result: NoMatch}, a, nil
 		}
-		// It was changed in between.
+		if ctx.Err() != nil { // it was changed in between, time and again
+			return Verification{}, a, ctx.Err()
+		}
 	}
 }
 

@@ -190,10 +190,11 @@ func untilSettled[R any](b *Broker, ctx context.Context, op *operation, work fun
 	pauses := vault.NewPauses(movedPause, longestPause)
 	for tries := 1; ; tries++ {
 		result, err := work(ctx)
-		switch {
-		case !moved(err):
+		if !moved(err) {
 			return result, err
-		case !errors.Is(err, vault.ErrDeleted):
+		}
+		op.seen = nil // it is not so any more
+		if !errors.Is(err, vault.ErrDeleted) {
 			if tries == mostTries {
 				return result, err
 			}
