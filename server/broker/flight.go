@@ -65,7 +65,7 @@ type need struct {
 	// mayAsk, unless nil, says whether the vault may be asked, where nobody asks it
 	// yet.
 	mayAsk func(now time.Time) bool
-	// patient reports that memory is no answer as long as the vault's turn may come.
+	// patient reports that memory is no answer as long as that of the vault may come.
 	patient bool
 
 	began time.Time

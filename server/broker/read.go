@@ -309,7 +309,7 @@ func (b *Broker) await(ctx context.Context, n *need, f *flight, elsewhere bool) 
 			e := b.cache.get(n.key)
 			_, ok := b.fallback(n, e, now)
 			switch {
-			case impatient && (!ok || n.patient && noTurn):
+			case impatient && (!ok || n.patient && (noTurn || !e.failing(now))):
 				impatient = false
 				timer.Reset(untilOf(ctx))
 				continue
