@@ -19,6 +19,7 @@ import (
 	"github.com/google/uuid"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	secretsv1 "github.com/exto/secrets-broker/gen/exto/secrets/v1"
 	"github.com/exto/secrets-broker/internal/keyvaultfake"
@@ -550,7 +551,7 @@ func (n *tenant) get(ctx context.Context, api secretsv1.SecretsBrokerServiceClie
 	n.mu.Lock()
 	acked := n.acked
 	n.mu.Unlock()
-	out, err := api.GetSecret(ctx, &secretsv1.GetSecretRequest{Ref: n.ref()})
+	out, err := api.GetSecret(ctx, &secretsv1.GetSecretRequest{Ref: n.ref(), MaxStaleness: durationpb.New(0)})
 	if err != nil {
 		return seen, err
 	}
@@ -590,7 +591,8 @@ func TestKeyVaultOutages(t *testing.T) {
 		all = append(all, n)
 	}
 	codesOf := map[string]codes.Code{
-		"VAULT_UNAVAILABLE": codes.Unavailable, "VAULT_THROTTLED": codes.Unavailable, "VAULT_REFUSED": codes.Unavailable,
+		"STALENESS_UNSATISFIABLE": codes.Unavailable, // what a read that wants no older answer is told of an outage
+		"VAULT_UNAVAILABLE":       codes.Unavailable, "VAULT_THROTTLED": codes.Unavailable, "VAULT_REFUSED": codes.Unavailable,
 		"DEADLINE_EXCEEDED": codes.DeadlineExceeded, "": codes.DeadlineExceeded, // the last by the client itself
 	}
 	set := func(on func(), off func()) func(bool) {
@@ -614,15 +616,15 @@ func TestKeyVaultOutages(t *testing.T) {
 	}{
 		{"nothing", 25, set(nothing, nothing), nil, nil, false},
 		{"lost answers", 5, set(c.lose, func() { c.OnRequest(nil) }), nil, nil, false},
-		{"the vault vanishes", 2, set(c.vanish, func() { c.OnRequest(nil) }), []string{"VAULT_UNAVAILABLE"}, []string{"VAULT_UNAVAILABLE"}, false},
-		{"the vault is down", 5, c.SetDown, []string{"VAULT_UNAVAILABLE", "VAULT_THROTTLED"}, []string{"VAULT_UNAVAILABLE", "VAULT_THROTTLED"}, true},
+		{"the vault vanishes", 2, set(c.vanish, func() { c.OnRequest(nil) }), []string{"VAULT_UNAVAILABLE", "STALENESS_UNSATISFIABLE"}, []string{"VAULT_UNAVAILABLE"}, false},
+		{"the vault is down", 5, c.SetDown, []string{"VAULT_UNAVAILABLE", "VAULT_THROTTLED", "STALENESS_UNSATISFIABLE"}, []string{"VAULT_UNAVAILABLE", "VAULT_THROTTLED"}, true},
 		{"tokens revoked", 5, set(c.RevokeTokens, nothing), nil, nil, false},
 		{"tokens expired", 5, set(c.ExpireTokens, nothing), nil, nil, false},
 		{"no rights", 5, set(func() { c.Revoke(c.Broker()) }, func() { c.Grant(c.Broker()) }), []string{"VAULT_REFUSED"}, []string{"VAULT_REFUSED"}, true},
 		{"read only", 5, c.SetReadOnly, nil, []string{"VAULT_UNAVAILABLE"}, false},
-		{"errors", 3, set(func() { c.answer(true, http.StatusServiceUnavailable) }, func() { c.answer(false, 0) }), []string{"VAULT_UNAVAILABLE"}, []string{"VAULT_UNAVAILABLE"}, true},
-		{"throttled", 2, set(func() { c.burst(40) }, func() { c.OnRequest(nil) }), []string{"VAULT_THROTTLED"}, []string{"VAULT_THROTTLED"}, false},
-		{"the token service is down", 2, set(func() { c.SetTokenServiceDown(true); c.ExpireTokens() }, func() { c.SetTokenServiceDown(false) }), []string{"VAULT_UNAVAILABLE"}, []string{"VAULT_UNAVAILABLE"}, true},
+		{"errors", 3, set(func() { c.answer(true, http.StatusServiceUnavailable) }, func() { c.answer(false, 0) }), []string{"VAULT_UNAVAILABLE", "STALENESS_UNSATISFIABLE"}, []string{"VAULT_UNAVAILABLE"}, true},
+		{"throttled", 2, set(func() { c.burst(40) }, func() { c.OnRequest(nil) }), []string{"VAULT_THROTTLED", "STALENESS_UNSATISFIABLE"}, []string{"VAULT_THROTTLED"}, false},
+		{"the token service is down", 2, set(func() { c.SetTokenServiceDown(true); c.ExpireTokens() }, func() { c.SetTokenServiceDown(false) }), []string{"VAULT_UNAVAILABLE", "STALENESS_UNSATISFIABLE"}, []string{"VAULT_UNAVAILABLE"}, true},
 	} {
 		judge := func(what string, err error, may []string) {
 			reason, _ := told(err)
