@@ -194,8 +194,7 @@ func (c *cache) begin(key secret.Key) {
 	defer s.mu.Unlock()
 	s.writing[key] = true
 	s.writes++
-	c.entries.Invalidate(key)
-	s.outdate(key)
+	c.forget(s, key)
 }
 
 // end is called before a write returns. e is what it left or found there, nil when
@@ -248,6 +247,8 @@ func (b *Broker) keep(s *shard, e *entry) {
 	}
 	for _, f := range s.flights[e.Key] {
 		f.supersede()
+		// Its answer is older, also when e is not kept any more by then.
+		f.outdated = f.outdated || !f.sent.IsZero() && f.sent.Before(e.asOf)
 	}
 }
 
@@ -256,7 +257,14 @@ func (b *Broker) drop(key secret.Key) {
 	s := b.cache.shard(key)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	b.cache.entries.Invalidate(key)
+	b.cache.forget(s, key)
+}
+
+// forget leaves nothing of a secret, nor lets what is under way bring it back. The mutex
+// of s is held.
+func (c *cache) forget(s *shard, key secret.Key) {
+	c.entries.Invalidate(key)
+	s.outdate(key)
 }
 
 // writes counts what may have changed a secret in memory.

@@ -222,7 +222,7 @@ func (b *Broker) fly(ctx context.Context, s *shard, f *flight, call Call, before
 	switch {
 	case f.outdated || s.writing[f.key]:
 	case refused(err):
-		b.cache.entries.Invalidate(f.key)
+		b.cache.forget(s, f.key)
 	case err == nil && o != nil && len(f.version) <= maxVersion: // a longer one is none, and not worth the memory
 		b.keep(s, e)
 		b.keepOlder(e, o)

@@ -120,6 +120,11 @@ func (b *Broker) Rotate(ctx context.Context, call Call, req RotateRequest) (Rota
 		}
 		// A vault that discards has nothing to rotate, and the contract lets it.
 		missing := req.AllowMissing || b.discards
+		if !missing {
+			if err := b.surelyAbsent(ctx, s); err != nil {
+				return RotateResult{}, err
+			}
+		}
 		switch {
 		case s.state == Absent && !missing:
 			return RotateResult{}, errNotFound(op.key)
