@@ -48,7 +48,7 @@ bench: build ## measure the broker beside an empty gRPC server, and write docs/p
 	@go build -o bin/bench ./internal/bench && exec bin/bench -broker bin/broker $(if $(QUICK),-quick,-docs docs)
 
 soak: ## random faults against one secret, SEEDS (2000) times over
-	BROKER_TEST_SEEDS=$(SEEDS) go test -count 1 -timeout 60m -run '^TestRandomFaults$$' ./server
+	BROKER_TEST_SEEDS=$(SEEDS) go test -count 1 -timeout 60m -run '^(TestRandomFaults|TestLinearizable)$$' ./server
 
 fuzz: ## run every fuzz target for FUZZTIME (30s) each
 	@scripts/fuzz.sh $(FUZZTIME)

@@ -16,6 +16,7 @@ import (
 	"github.com/google/uuid"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	secretsv1 "github.com/exto/secrets-broker/gen/exto/secrets/v1"
 )
@@ -83,7 +84,7 @@ func TestKilledInTheMiddleOfWrites(t *testing.T) {
 				t.Errorf("%s: generation %d is double or beyond the %d versions", id, v.GetGeneration(), len(described.GetVersions()))
 			}
 			generations[v.GetGeneration()] = true
-			must2(c.GetSecret(ctx, &secretsv1.GetSecretRequest{Ref: ref(id, oidcKind), Version: v.GetVersion()}))(t) // it opens
+			must2(c.GetSecret(ctx, &secretsv1.GetSecretRequest{Ref: ref(id, oidcKind), Version: v.GetVersion(), MaxStaleness: durationpb.New(0)}))(t) // it opens
 		}
 		versions := map[string]bool{}
 		for _, w := range writes {
@@ -91,7 +92,7 @@ func TestKilledInTheMiddleOfWrites(t *testing.T) {
 				t.Errorf("%s: version %s was acknowledged twice", id, w.version)
 			}
 			versions[w.version] = true
-			got := must2(c.GetSecret(ctx, &secretsv1.GetSecretRequest{Ref: ref(id, oidcKind), Version: w.version}))(t)
+			got := must2(c.GetSecret(ctx, &secretsv1.GetSecretRequest{Ref: ref(id, oidcKind), Version: w.version, MaxStaleness: durationpb.New(0)}))(t)
 			if got.GetValue() != w.value {
 				t.Errorf("%s: version %s does not hold the value that was acknowledged", id, w.version)
 			}
@@ -245,7 +246,7 @@ func TestFullDisk(t *testing.T) {
 	}
 	short, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
-	out, err := c.GetSecret(short, &secretsv1.GetSecretRequest{Ref: last.GetRef()})
+	out, err := c.GetSecret(short, &secretsv1.GetSecretRequest{Ref: last.GetRef(), MaxStaleness: durationpb.New(0)})
 	if err != nil || out.GetValue() != value {
 		t.Errorf("a read after it: got %v, %v, want the value", out.GetMetadata(), err)
 	}

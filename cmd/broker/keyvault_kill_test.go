@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	secretsv1 "github.com/exto/secrets-broker/gen/exto/secrets/v1"
 	"github.com/exto/secrets-broker/internal/keyvaultfake"
@@ -53,7 +54,7 @@ func (m *mortal) run() {
 
 // got is the value that the broker gives, or the reason why it gives none.
 func (m *mortal) got() string {
-	out, err := m.api.GetSecret(m.ctx, &secretsv1.GetSecretRequest{Ref: mortalRef()})
+	out, err := m.api.GetSecret(m.ctx, &secretsv1.GetSecretRequest{Ref: mortalRef(), MaxStaleness: durationpb.New(0)})
 	if err != nil {
 		reason, _ := told(err)
 		return reason
@@ -198,7 +199,7 @@ func (w walk) check(m *mortal, alive bool) {
 		return
 	}
 	for _, v := range m.Versions(mortalKey)[:2] {
-		out, err := m.api.GetSecret(m.ctx, &secretsv1.GetSecretRequest{Ref: mortalRef(), Version: v.ID})
+		out, err := m.api.GetSecret(m.ctx, &secretsv1.GetSecretRequest{Ref: mortalRef(), Version: v.ID, MaxStaleness: durationpb.New(0)})
 		if reason, _ := told(err); reason != "SECRET_NOT_FOUND" && reason != "VERSION_EXPIRED" {
 			m.t.Errorf("the broker gives a version that was deleted: %v, %v", out.GetMetadata(), err)
 		}
@@ -432,7 +433,7 @@ func TestKeyVaultCommitsLateAfterAKill(t *testing.T) {
 			// Every read until it is put down, and some after it, gives the token that
 			// was acknowledged.
 			for reads := 0; reads < 20; {
-				out := must2(m.api.GetSecret(m.ctx, &secretsv1.GetSecretRequest{Ref: r}))(t)
+				out := must2(m.api.GetSecret(m.ctx, &secretsv1.GetSecretRequest{Ref: r, MaxStaleness: durationpb.New(0)}))(t)
 				if out.GetValue() != second.GetValue() {
 					t.Fatal("got another token than the one that was acknowledged")
 				}
@@ -454,7 +455,7 @@ func TestKeyVaultCommitsLateAfterAKill(t *testing.T) {
 			// A third process, which knows nothing of it, and the request once more.
 			m.p.kill()
 			m.run()
-			if out := must2(m.api.GetSecret(m.ctx, &secretsv1.GetSecretRequest{Ref: r}))(t); out.GetValue() != second.GetValue() {
+			if out := must2(m.api.GetSecret(m.ctx, &secretsv1.GetSecretRequest{Ref: r, MaxStaleness: durationpb.New(0)}))(t); out.GetValue() != second.GetValue() {
 				t.Error("by a third process: got another token")
 			}
 			if out, err := rotate(id); err == nil && out.GetValue() != second.GetValue() {

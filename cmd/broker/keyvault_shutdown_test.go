@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	secretsv1 "github.com/exto/secrets-broker/gen/exto/secrets/v1"
 	"github.com/exto/secrets-broker/internal/keyvaultfake"
@@ -50,7 +51,7 @@ func TestKeyVaultShutdownDuringAWrite(t *testing.T) {
 	if err := put(ctx, next); err != nil {
 		t.Fatalf("the same request at the next broker: %v", err)
 	}
-	out, err := next.as("console-api").GetSecret(ctx, &secretsv1.GetSecretRequest{Ref: ref("demo", oidcKind)})
+	out, err := next.as("console-api").GetSecret(ctx, &secretsv1.GetSecretRequest{Ref: ref("demo", oidcKind), MaxStaleness: durationpb.New(0)})
 	if err != nil || out.GetValue() != "held" {
 		t.Errorf("got %v, want the value that was put", err)
 	}

@@ -150,7 +150,7 @@ func TestKeyVaultRequests(t *testing.T) {
 		}
 	}
 	get := func() error {
-		_, err := api.GetSecret(ctx, &secretsv1.GetSecretRequest{Ref: ref("demo", oidcKind)})
+		_, err := api.GetSecret(ctx, &secretsv1.GetSecretRequest{Ref: ref("demo", oidcKind), MaxStaleness: durationpb.New(0)})
 		return err
 	}
 	within("put over nothing", 2, put("one"))
@@ -198,7 +198,7 @@ func TestKeyVaultCredentials(t *testing.T) {
 			p := c.start()
 			api, ctx := p.as("console-api"), callContext(t)
 			must2(api.PutSecret(ctx, &secretsv1.PutSecretRequest{Ref: ref("demo", oidcKind), Value: "abc"}))(t)
-			if out := must2(api.GetSecret(ctx, &secretsv1.GetSecretRequest{Ref: ref("demo", oidcKind)}))(t); out.GetValue() != "abc" {
+			if out := must2(api.GetSecret(ctx, &secretsv1.GetSecretRequest{Ref: ref("demo", oidcKind), MaxStaleness: durationpb.New(0)}))(t); out.GetValue() != "abc" {
 				t.Errorf("got %v without the value", out.GetMetadata())
 			}
 			vault, tokens := c.asked()
@@ -325,7 +325,7 @@ func TestKeyVaultOutAtStart(t *testing.T) {
 			}
 			api, ctx := p.as("console-api"), callContext(t)
 			must2(api.PutSecret(ctx, &secretsv1.PutSecretRequest{Ref: ref("demo", oidcKind), Value: "abc", RequestId: uuid.NewString()}))(t)
-			if out := must2(api.GetSecret(ctx, &secretsv1.GetSecretRequest{Ref: ref("demo", oidcKind)}))(t); out.GetValue() != "abc" || out.GetMetadata().GetGeneration() != 1 {
+			if out := must2(api.GetSecret(ctx, &secretsv1.GetSecretRequest{Ref: ref("demo", oidcKind), MaxStaleness: durationpb.New(0)}))(t); out.GetValue() != "abc" || out.GetMetadata().GetGeneration() != 1 {
 				t.Errorf("got %v, want the value as generation 1", out.GetMetadata())
 			}
 		})
@@ -545,15 +545,15 @@ func (n *tenant) put(ctx context.Context, api secretsv1.SecretsBrokerServiceClie
 	return err
 }
 
-// get reads once. It gives the number of the write whose value it was; seen is
-// that of the read before.
-func (n *tenant) get(ctx context.Context, api secretsv1.SecretsBrokerServiceClient, seen int) (int, error) {
+// get reads once, without a bound from memory too. It gives the number of the write
+// whose value it was, and where it came from; seen is that of the read before.
+func (n *tenant) get(ctx context.Context, api secretsv1.SecretsBrokerServiceClient, bound *durationpb.Duration, seen int) (int, secretsv1.FreshnessSource, error) {
 	n.mu.Lock()
 	acked := n.acked
 	n.mu.Unlock()
-	out, err := api.GetSecret(ctx, &secretsv1.GetSecretRequest{Ref: n.ref(), MaxStaleness: durationpb.New(0)})
+	out, err := api.GetSecret(ctx, &secretsv1.GetSecretRequest{Ref: n.ref(), MaxStaleness: bound})
 	if err != nil {
-		return seen, err
+		return seen, 0, err
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -566,7 +566,7 @@ func (n *tenant) get(ctx context.Context, api secretsv1.SecretsBrokerServiceClie
 	case n.writes[got].outcome == "NOT_APPLIED":
 		n.t.Errorf("%s: got write %d, which is said not to be applied", n.id, got)
 	}
-	return got, nil
+	return got, out.GetFreshness().GetSource(), nil
 }
 
 // TestKeyVaultOutages: whatever ails the vault or the token service, no read gives a
@@ -655,8 +655,18 @@ func TestKeyVaultOutages(t *testing.T) {
 				for range phase.calls {
 					within(func(ctx context.Context) {
 						var err error
-						seen, err = n.get(ctx, api, seen)
+						seen, _, err = n.get(ctx, api, durationpb.New(0), seen)
 						judge("get", err, phase.reads)
+					})
+					// Without a bound memory goes on, but for what the vault refuses.
+					within(func(ctx context.Context) {
+						var source secretsv1.FreshnessSource
+						var err error
+						if seen, source, err = n.get(ctx, api, nil, seen); err != nil {
+							judge("get from memory too", err, phase.reads)
+						} else if unreachable := slices.Contains(phase.reads, "STALENESS_UNSATISFIABLE"); source == stale && !unreachable {
+							t.Errorf("%s: got a stale answer from a vault that can be reached", phase.name)
+						}
 					})
 				}
 			})
@@ -686,7 +696,7 @@ func TestKeyVaultOutages(t *testing.T) {
 						runBroker(t, c.dir, []string{"BROKER_METRICS_ADDRESS=" + p.metrics}, "healthcheck")
 					}
 				}
-				if _, err := n.get(ctx, api, 0); err != nil {
+				if _, _, err := n.get(ctx, api, durationpb.New(0), 0); err != nil {
 					t.Errorf("%s: a read after the recovery: %v", phase.name, err)
 				}
 			})

@@ -153,6 +153,7 @@ type shard struct {
 	flights map[secret.Key][]*flight
 	writing map[secret.Key]bool // since a write's first effect
 	writes  int                 // that began or ended
+	sent    int                 // flights
 }
 
 // newCache keeps values for so long, and that there is none as long as it is
@@ -282,6 +283,7 @@ func (b *Broker) offer(found *snapshot, then int) {
 	s := b.cache.shard(found.key)
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.outdate(found.key)
 	if !s.writing[found.key] && s.writes == then {
 		b.keep(s, e)
 	}

@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -170,6 +171,9 @@ func (b *Broker) renew(n need) {
 // ask waits for the vault's answer, and falls back on memory where that is allowed.
 func (b *Broker) ask(ctx context.Context, n need) (answer, error) {
 	deadline, _ := ctx.Deadline()
+	if n.priority == vault.Verifying {
+		n.priority = b.urgency(n.key)
+	}
 	var last *flight
 	for {
 		f := b.board(deadline, &n)
@@ -371,6 +375,17 @@ func (b *Broker) valueOf(ctx context.Context, s *snapshot, id string) (version, 
 	case err != nil:
 		return version{}, secret.Value{}, err
 	case !ok:
+		// A list in pages can miss one while others are added.
+		if _, _, err := b.vault.Get(ctx, s.key, id); err == nil || errors.Is(err, vault.ErrDisabled) {
+			return version{}, secret.Value{}, errUnlike
+		} else if !errors.Is(err, vault.ErrNotFound) {
+			return version{}, secret.Value{}, err
+		}
+		// And it is found nowhere while the name is being deleted.
+		now, _, err := b.vault.Get(ctx, s.key, "")
+		if err != nil || now.Version != s.current.Version {
+			return version{}, secret.Value{}, cmp.Or(err, errUnlike)
+		}
 		return version{}, secret.Value{}, refuse(s.key, secret.VersionNotFound, "the secret has no such version; DescribeSecret lists those it has")
 	case !s.served(v):
 		return version{}, secret.Value{}, refuse(s.key, secret.VersionExpired, "this version is from before the secret was deleted and overwritten; read the current one")

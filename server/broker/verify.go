@@ -53,7 +53,7 @@ func (b *Broker) Verify(ctx context.Context, call Call, key secret.Key, token se
 		return Verification{Result: NoMatch}, nil // no token at all, or one with a typo
 	}
 	presented := b.digests.of(key, token)
-	n := need{key: key, max: b.ttl, own: true, depth: live, priority: b.urgency(key), call: call}
+	n := need{key: key, max: b.ttl, own: true, depth: live, priority: vault.Verifying, call: call}
 	v, a, err := b.match(ctx, n, presented)
 	// What is stale may have been asked for just now, in vain.
 	now := b.now()
@@ -70,7 +70,8 @@ func (b *Broker) Verify(ctx context.Context, call Call, key secret.Key, token se
 }
 
 // urgency is the priority of a look-up of key. That of an instance which the broker has
-// seen goes first; any other may be made up, and is likely to be after many such.
+// seen goes first; any other may be made up, and is likely to be after many such. It is asked for where the vault is asked, so that an
+// instance that is unknown costs no more time than one that is.
 func (b *Broker) urgency(key secret.Key) vault.Priority {
 	if e := b.cache.get(key); e != nil && e.State != Absent {
 		return vault.VerifyingKnown
