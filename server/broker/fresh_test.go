@@ -77,7 +77,7 @@ func (c *cellar) version(generation int64) string {
 	return fmt.Sprintf("%032d", generation)
 }
 
-func (c *cellar) Get(_ context.Context, key secret.Key, _ string) (vault.Properties, secret.Value, error) {
+func (c *cellar) Get(_ context.Context, key secret.Key, version string) (vault.Properties, secret.Value, error) {
 	c.mu.Lock()
 	p, ok := c.values[key]
 	c.mu.Unlock()
@@ -86,7 +86,7 @@ func (c *cellar) Get(_ context.Context, key secret.Key, _ string) (vault.Propert
 			return vault.Properties{}, secret.Value{}, err
 		}
 	}
-	if !ok {
+	if !ok || version != "" && version != p.Version {
 		return p, secret.Value{}, vault.ErrNotFound
 	}
 	return p, secret.NewValue(p.Created.String()), nil // the value is when it was put
@@ -208,6 +208,9 @@ func TestWhoMayJoin(t *testing.T) {
 			if !test.joins {
 				<-sent2
 				want, asOf = 2, c.Now()
+			}
+			if test.req.Version != "" {
+				want = 4 // that there is no such version is made sure of
 			}
 			open()
 			<-first

@@ -383,7 +383,7 @@ func (b *Broker) valueOf(ctx context.Context, s *snapshot, id string) (version, 
 		}
 		// And it is found nowhere while the name is being deleted.
 		now, _, err := b.vault.Get(ctx, s.key, "")
-		if err != nil || now.Version != s.current.Version {
+		if same := err == nil && now.Version == s.current.Version; !same && !(s.state == Disabled && errors.Is(err, vault.ErrDisabled)) {
 			return version{}, secret.Value{}, cmp.Or(err, errUnlike)
 		}
 		return version{}, secret.Value{}, refuse(s.key, secret.VersionNotFound, "the secret has no such version; DescribeSecret lists those it has")
