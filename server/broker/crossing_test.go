@@ -356,3 +356,5 @@ func TestVersionThatReplacedItself(t *testing.T) {
 		t.Error("the call does not come to its end")
 	}
 }
+
+func within(d time.Duration) *time.Duration { return &d }

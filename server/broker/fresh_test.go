@@ -169,8 +169,6 @@ func read(t *testing.T, b *broker.Broker, req broker.GetRequest) chan got {
 	return result
 }
 
-func within(d time.Duration) *time.Duration { return &d }
-
 // TestWhoMayJoin: a read waits for a request that is under way when that was sent
 // within its bound, and with none when it was sent after the read began.
 func TestWhoMayJoin(t *testing.T) {
@@ -209,8 +207,8 @@ func TestWhoMayJoin(t *testing.T) {
 				<-sent2
 				want, asOf = 2, c.Now()
 			}
-			if test.req.Version != "" {
-				want = 4 // that there is no such version is made sure of
+			if test.req.Version != "" { // that there is none is made sure of
+				want = 4
 			}
 			open()
 			<-first
