@@ -18,7 +18,7 @@ import (
 func TestKeyVaultShutdownDuringAWrite(t *testing.T) {
 	t.Parallel()
 	c := secretCloud(t, devFolder(t), keyvaultfake.Config{})
-	p := c.start("BROKER_SHUTDOWN_TIMEOUT", "1s")
+	p := c.start("BROKER_SHUTDOWN_TIMEOUT", "5s") // a tenth of it is for what is cut off to be told
 	reached, hold := make(chan struct{}, 1), make(chan struct{})
 	c.OnRequest(func(r *keyvaultfake.Request) keyvaultfake.Fault {
 		if r.Op != keyvaultfake.OpSet || r.Challenge {

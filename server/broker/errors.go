@@ -78,7 +78,7 @@ func vaultError(ctx context.Context, key secret.Key, err error) *Error {
 		e = contextError(ctx, key)
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
 		e = refuse(key, secret.VaultUnavailable, "the vault did not answer in time; try again")
-	case errors.Is(err, vault.ErrNotFound), errors.Is(err, vault.ErrDisabled), errors.Is(err, vault.ErrDeleted):
+	case errors.Is(err, vault.ErrNotFound), errors.Is(err, vault.ErrDisabled), errors.Is(err, vault.ErrDeleted), errors.Is(err, errUnlike):
 		e = refuse(key, secret.VaultUnavailable, "the secret was changed in the vault meanwhile; try again")
 	default:
 		e = refuse(key, secret.Defect, "the broker met an answer of the vault that it does not know")

@@ -167,6 +167,7 @@ func (b *Broker) leave(f *flight) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if f.users--; f.users == 0 {
+		f.outdated = true // no write after this knows of it
 		f.cancel()
 		s.remove(f)
 	}
