@@ -32,7 +32,6 @@ type flight struct {
 
 	began    time.Time
 	sent     time.Time // zero until the vault is asked
-	order    int       // of those that were sent, this one's place
 	queued   bool      // it waits for the caller's turn
 	outdated bool      // the secret was written since
 	users    int
@@ -118,8 +117,12 @@ func (b *Broker) board(deadline time.Time, n *need) boarding {
 	}
 	var before *flight
 	asked := false
+	shared := *n
+	if s.writing[n.key] {
+		shared.max = 0 // others may have seen already what is being written
+	}
 	for _, f := range s.flights[n.key] {
-		if f.serves(n, now) {
+		if f.serves(&shared, now) {
 			f.users++
 			return boarding{flight: f, after: f.sent.IsZero() || f.sent.After(n.began)}
 		}
@@ -197,8 +200,7 @@ func (b *Broker) fly(ctx context.Context, s *shard, f *flight, call Call, before
 	sends := func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		s.sent++
-		f.sent, f.order, f.queued = b.now(), s.sent, false
+		f.sent, f.queued = b.now(), false
 	}
 	sends()
 	ctx = vault.WithOrigin(ctx, vault.Origin{
@@ -222,12 +224,6 @@ func (b *Broker) fly(ctx context.Context, s *shard, f *flight, call Call, before
 	defer s.mu.Unlock()
 	s.remove(f)
 	f.entry, f.older, f.err = e, o, err
-	if err == nil {
-		// Whoever comes after this is not to be told what was before it.
-		for _, other := range s.flights[f.key] {
-			other.outdated = other.outdated || !other.sent.IsZero() && other.order < f.order
-		}
-	}
 	switch {
 	case f.outdated || s.writing[f.key]:
 	case refused(err):

@@ -263,7 +263,7 @@ const hurry = 200 * time.Millisecond
 // hurried reports that a flight ended for the deadline of the caller that began it,
 // which is before the given one.
 func (f *flight) hurried(err error, deadline time.Time) bool {
-	if f.deadline.IsZero() || time.Until(f.deadline) > hurry || !deadline.IsZero() && deadline.Sub(f.deadline) < hurry {
+	if time.Until(f.deadline) > hurry || !deadline.IsZero() && deadline.Sub(f.deadline) < hurry {
 		return false
 	}
 	var told *Error
@@ -375,7 +375,7 @@ func (b *Broker) valueOf(ctx context.Context, s *snapshot, id string) (version, 
 	case err != nil:
 		return version{}, secret.Value{}, err
 	case !ok:
-		// A list in pages can miss one while others are added.
+		// A list in pages is cut short when the name is deleted between two of them.
 		if _, _, err := b.vault.Get(ctx, s.key, id); err == nil || errors.Is(err, vault.ErrDisabled) {
 			return version{}, secret.Value{}, errUnlike
 		} else if !errors.Is(err, vault.ErrNotFound) {

@@ -242,11 +242,11 @@ func (b *Broker) listVersions(ctx context.Context, s *snapshot) error {
 		}
 		return v.Version == s.current.Version
 	})
-	if at < 0 {
+	found := s.current.Version != ""
+	if at < 0 || found && s.listed[at].Enabled != s.current.Enabled {
 		s.listed = nil
 		return vault.ErrNotFound // changed between the two requests
 	}
-	found := s.current.Version != ""
 	if !found {
 		s.current = s.listed[at]
 	}

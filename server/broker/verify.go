@@ -70,8 +70,9 @@ func (b *Broker) Verify(ctx context.Context, call Call, key secret.Key, token se
 }
 
 // urgency is the priority of a look-up of key. That of an instance which the broker has
-// seen goes first; any other may be made up, and is likely to be after many such. It is asked for where the vault is asked, so that an
-// instance that is unknown costs no more time than one that is.
+// seen goes first; any other may be made up, and is likely to be after many such.
+// It is asked for where the vault is, so that from memory an instance that is unknown
+// costs no more time than one that is known.
 func (b *Broker) urgency(key secret.Key) vault.Priority {
 	if e := b.cache.get(key); e != nil && e.State != Absent {
 		return vault.VerifyingKnown
