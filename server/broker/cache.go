@@ -153,6 +153,7 @@ type shard struct {
 	flights map[secret.Key][]*flight
 	writing map[secret.Key]bool // since a write's first effect
 	writes  int                 // that began or ended
+	sent    int                 // flights
 }
 
 // newCache keeps values for so long, and that there is none as long as it is

@@ -32,6 +32,7 @@ type flight struct {
 
 	began    time.Time
 	sent     time.Time // zero until the vault is asked
+	order    int       // of those that were sent, this one's place
 	queued   bool      // it waits for the caller's turn
 	outdated bool      // the secret was written since
 	users    int
@@ -200,7 +201,8 @@ func (b *Broker) fly(ctx context.Context, s *shard, f *flight, call Call, before
 	sends := func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		f.sent, f.queued = b.now(), false
+		s.sent++
+		f.sent, f.order, f.queued = b.now(), s.sent, false
 	}
 	sends()
 	ctx = vault.WithOrigin(ctx, vault.Origin{
@@ -224,6 +226,13 @@ func (b *Broker) fly(ctx context.Context, s *shard, f *flight, call Call, before
 	defer s.mu.Unlock()
 	s.remove(f)
 	f.entry, f.older, f.err = e, o, err
+	if err == nil {
+		// Whoever comes after this is not to be told what was before it: a write of
+		// unknown outcome may have landed in between.
+		for _, other := range s.flights[f.key] {
+			other.outdated = other.outdated || !other.sent.IsZero() && other.order < f.order
+		}
+	}
 	switch {
 	case f.outdated || s.writing[f.key]:
 	case refused(err):
