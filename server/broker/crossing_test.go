@@ -320,6 +320,35 @@ func TestWhoHangsUpOnALook(t *testing.T) {
 	}
 }
 
+// TestLookThatEverybodyLeft is not kept over a write that came after they did, however
+// late its answer arrives.
+func TestLookThatEverybodyLeft(t *testing.T) {
+	t.Parallel()
+	x, key := newCrossing(t), keyOf(t, secret.DatabaseURI, "demo")
+	x.put(key, "one")
+	x.restart()
+	ctx, hangUp := context.WithCancel(t.Context())
+	open, first := make(chan struct{}), atomic.Bool{}
+	x.vault.SetAfter(func(_ context.Context, _ string, _ secret.Key, err error) error {
+		if first.CompareAndSwap(false, true) {
+			hangUp()
+			<-open
+		}
+		return err
+	})
+	_, err := x.Get(ctx, another, broker.GetRequest{Key: key})
+	wantError(t, err, secret.Cancelled, "")
+	if _, err := x.Delete(t.Context(), another, broker.DeleteRequest{Key: key}); err != nil {
+		t.Fatal(err)
+	}
+	close(open)
+	for range 1000 {
+		_, err := x.Get(t.Context(), another, broker.GetRequest{Key: key})
+		wantError(t, err, secret.SecretNotFound, "")
+		runtime.Gosched() // the answer that nobody waits for may arrive now
+	}
+}
+
 // TestVersionThatReplacedItself: tags by which the previous version is the current one
 // do not keep the broker busy.
 func TestVersionThatReplacedItself(t *testing.T) {
