@@ -28,6 +28,7 @@ const (
 	VaultThrottled         Reason = "VAULT_THROTTLED"
 	VaultRefused           Reason = "VAULT_REFUSED"
 	StalenessUnsatisfiable Reason = "STALENESS_UNSATISFIABLE"
+	AuditUnavailable       Reason = "AUDIT_UNAVAILABLE"
 	ShuttingDown           Reason = "SHUTTING_DOWN"
 	DeadlineExceeded       Reason = "DEADLINE_EXCEEDED"
 	Cancelled              Reason = "CANCELLED"

@@ -172,7 +172,7 @@ func TestPages(t *testing.T) {
 			between(page)
 		}
 	}
-	for _, size := range []int32{0, 1, 7, 1000} {
+	for _, size := range []int32{0, 3, 7, 1000} {
 		seen := map[string]bool{}
 		keys := all(c, &secretsv1.ListSecretsRequest{PageSize: size, ShowDeleted: true}, func(page int) {
 			// Others write meanwhile.

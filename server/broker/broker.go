@@ -16,6 +16,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/google/uuid"
 	"golang.org/x/time/rate"
 
 	"github.com/exto/secrets-broker/secret"
@@ -38,6 +39,9 @@ type Config struct {
 	// Logger takes what no caller is told, such as tags that had to be dropped.
 	// Required.
 	Logger *slog.Logger
+	// Repairs makes the calls on whose behalf the broker itself repairs; nil makes
+	// such without a journal.
+	Repairs func() Call
 	// Now is the wall clock, and Wait lets time pass until ctx ends; nil means the
 	// system's.
 	Now  func() time.Time
@@ -55,6 +59,7 @@ type Broker struct {
 	log   *slog.Logger
 	now   func() time.Time
 	wait  func(context.Context, time.Duration) error
+	own   func() Call
 	// epoch goes into each version. The broker is alone: it is the start in
 	// milliseconds, forced upward by any later one that is found in the vault.
 	epoch atomic.Int64
@@ -92,6 +97,7 @@ func New(cfg Config) *Broker {
 		log:       cfg.Logger,
 		now:       cfg.Now,
 		wait:      cfg.Wait,
+		own:       cfg.Repairs,
 		known:     map[secret.Key]known{},
 		pending:   map[secret.Key][]pendingWrite{},
 		hidden:    map[secret.Key]hiddenVersion{},
@@ -103,6 +109,9 @@ func New(cfg Config) *Broker {
 	}
 	if b.now == nil {
 		b.now = time.Now
+	}
+	if b.own == nil {
+		b.own = func() Call { return Call{AuditID: uuid.NewString()} }
 	}
 	if b.ttl = cfg.CacheTTL; b.ttl == 0 {
 		b.ttl = DefaultCacheTTL
@@ -171,6 +180,8 @@ type Call struct {
 	Caller string
 	// AuditID is the id of this call in logs, errors and the vault.
 	AuditID string
+	// Journal takes what the call changes; nil is none. Reads need none.
+	Journal Journal
 }
 
 // on is ctx for the vault calls of a read.

@@ -29,6 +29,7 @@ type crossing struct {
 	vault *vaulttest.Faulty
 	later atomic.Int64           // how far the broker's clock went ahead; ns
 	told  atomic.Pointer[func()] // unless nil, called when the time is asked
+	wait  func(context.Context, time.Duration) error
 }
 
 func newCrossing(t *testing.T) *crossing {
@@ -49,7 +50,7 @@ func newCrossing(t *testing.T) *crossing {
 
 // restart is a new broker, which remembers nothing.
 func (x *crossing) restart() {
-	b := broker.New(broker.Config{Vault: x.vault, Logger: slog.New(slog.DiscardHandler), Now: x.now})
+	b := broker.New(broker.Config{Vault: x.vault, Logger: slog.New(slog.DiscardHandler), Now: x.now, Wait: x.wait})
 	x.Broker = b
 	x.t.Cleanup(func() { b.Close(context.Background()) })
 }

@@ -204,18 +204,8 @@ func (b *Broker) Recover(ctx context.Context, call Call, req RecoverRequest) (Me
 			}
 			marked = s.current.marked()
 		}
-		r := b.carried(s, base)
-		r.others = append([]done{{letterRecover, op.id, s.current.Version}}, s.deletesAndOthers(base)...)
-		r.others = r.others[:min(len(r.others), s.room(base))]
-		enabled := s.current.Enabled
-		if marked {
-			enabled = s.current.deleted.wasEnabled
-		}
-		r.deleted = nil
-		r.endGrace(b.now())
-		if err := b.update(ctx, op, s, r, enabled, func(landed version) bool {
-			return len(landed.others) > 0 && landed.others[0].id == op.id
-		}); err != nil {
+		enabled, err := b.unmark(ctx, op, s, base)
+		if err != nil {
 			return Metadata{}, b.recovered(ctx, op, marked, err)
 		}
 		b.unhide(op.key)
@@ -226,6 +216,23 @@ func (b *Broker) Recover(ctx context.Context, call Call, req RecoverRequest) (Me
 		op.after = b.entryOf(s)
 		op.after.partial = enabled // what was deleted was not read
 		return s.metadata(s.current), nil
+	})
+}
+
+// unmark makes the current version what it was before the delete, and names the
+// recover on it. It reports whether the version is enabled.
+func (b *Broker) unmark(ctx context.Context, op *operation, s *snapshot, base version) (enabled bool, err error) {
+	r := b.carried(s, base)
+	r.others = append([]done{{letterRecover, op.id, s.current.Version}}, s.deletesAndOthers(base)...)
+	r.others = r.others[:min(len(r.others), s.room(base))]
+	enabled = s.current.Enabled
+	if s.current.marked() {
+		enabled = s.current.deleted.wasEnabled
+	}
+	r.deleted = nil
+	r.endGrace(b.now())
+	return enabled, b.update(ctx, op, s, r, enabled, func(landed version) bool {
+		return len(landed.others) > 0 && landed.others[0].id == op.id
 	})
 }
 
@@ -301,6 +308,7 @@ func (b *Broker) update(ctx context.Context, op *operation, s *snapshot, r recor
 	}
 	s.current = newVersion(props)
 	s.listed = nil
+	op.wrote = s.current
 	b.see(op.key, s.current) // found again, where it was missing in between
 	return nil
 }

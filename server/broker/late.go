@@ -75,7 +75,8 @@ func (b *Broker) repair(key secret.Key) {
 		}()
 		ctx, cancel := context.WithTimeout(context.Background(), carryOn)
 		defer cancel()
-		op := newOperation(Call{AuditID: uuid.NewString()}, key, letterPut, "")
+		op := newOperation(b.own(), key, letterPut, "")
+		op.found.Action = ActionRepair
 		_, err := do(b, ctx, op, func(ctx context.Context) (struct{}, error) {
 			_, _, _, err := b.prepare(ctx, op)
 			return struct{}{}, err

@@ -65,6 +65,7 @@ func (b *Broker) store(ctx context.Context, op *operation, s *snapshot, base ver
 	if s.state == Absent {
 		b.forget(op.key)
 	}
+	op.wrote = after
 	b.see(op.key, after)
 	b.settled(op.key, op.id)
 	b.unhide(op.key)

@@ -40,6 +40,13 @@ type operation struct {
 	// begun reports that a step of it was done, so that the rest is not the
 	// caller's to wait for.
 	begun bool
+	// found is the intent that it would have now, and intended the one that the journal
+	// was told last. settles reports that it only finds out about one.
+	found    Intent
+	intended *Intent
+	settles  bool
+	// wrote is the version that it made or changed.
+	wrote version
 }
 
 // Phases of an operation. It leaves pending once, for one of the others.
@@ -54,6 +61,10 @@ func newOperation(call Call, key secret.Key, letter byte, requestID string) *ope
 	if !op.asked {
 		op.id = uuid.NewString()
 	}
+	if op.Journal == nil {
+		op.Journal = noJournal{}
+	}
+	op.found = Intent{Action: actionOf[letter], Key: key, OperationID: op.id}
 	return op
 }
 
@@ -102,7 +113,7 @@ func do[R any](b *Broker, ctx context.Context, op *operation, work func(context.
 	workCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), carryOn)
 	patience, _ := ctx.Deadline()
 	workCtx = vault.WithOrigin(workCtx, vault.Origin{Caller: op.Caller, RequestID: op.AuditID, Patience: patience, Effect: func() error {
-		err := op.begin()
+		err := op.effect(ctx)
 		if err == nil {
 			b.hold(op)
 		}
@@ -142,6 +153,7 @@ func do[R any](b *Broker, ctx context.Context, op *operation, work func(context.
 			leave()
 			cut()
 			cancel()
+			o.err = b.recordEnd(ctx, op, o.err)
 			var told *Error
 			if op.held && !op.begun && errors.As(o.err, &told) && told.Commit == secret.NotApplied {
 				op.after = op.seen // nothing came of it
@@ -281,15 +293,19 @@ func (b *Broker) prepare(ctx context.Context, op *operation) (s *snapshot, base 
 		return nil, version{}, nil, refuse(op.key, secret.KeyMismatch, "a newer release wrote this secret in a format that this one cannot write; upgrade the broker")
 	}
 	b.raiseEpoch(base.epoch)
+	op.found.Version, op.found.Deleted = s.current.Version, s.state == Deleted && !s.current.marked()
 	op.seen = b.entryOf(s)
 	op.after = op.seen
-	if op.asked {
+	if op.asked || op.settles {
 		for _, d := range s.history(base) {
 			if d.id == op.id {
 				if d.letter != op.letter {
 					return nil, version{}, nil, errRequestIDReused(op.key)
 				}
 				b.settled(op.key, op.id)
+				if !op.settles {
+					op.Journal.Replayed()
+				}
 				return s, base, &d, nil
 			}
 		}

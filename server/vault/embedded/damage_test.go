@@ -143,6 +143,9 @@ func TestFlippedBits(t *testing.T) {
 	harmless := bytes.Clone(st.data)
 	var tried, passed int
 	for at := range st.data {
+		if at%5 > 0 && at%os.Getpagesize() >= 256 {
+			continue // a part of the bodies stands for all: this takes a while
+		}
 		bits := []int{rng.IntN(8)}
 		if at%os.Getpagesize() < 256 {
 			bits = []int{0, 1, 2, 3, 4, 5, 6, 7}

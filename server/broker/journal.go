@@ -1,0 +1,191 @@
+package broker
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/exto/secrets-broker/secret"
+	"github.com/exto/secrets-broker/server/vault"
+)
+
+// Journal keeps beyond the process what one call is about to change and what became
+// of it. Its methods are called one at a time.
+type Journal interface {
+	// Intend is called before the first request is sent that changes the vault, and
+	// again where the secret turns out to be in another state than the intent says.
+	// It returns when a crash cannot lose the intent; after an error nothing is sent.
+	// It blocks until ctx ends at most.
+	Intend(ctx context.Context, i Intent) error
+	// Ended is called once after an Intend, when the write is over. An error, when
+	// that could not be kept, refuses the caller the answer.
+	Ended(ctx context.Context, o Outcome) error
+	// Settled is called once after an Ended with Unknown, unless the process ends
+	// before: now it is known whether the write was applied.
+	Settled(ctx context.Context, applied bool)
+	// Replayed is called when the answer is that of an earlier call with this id.
+	Replayed()
+}
+
+// Action is what a write does, as the journal names it.
+type Action string
+
+// The actions. Repair is the broker's own: it puts down a version that came late.
+const (
+	ActionPut     Action = "put"
+	ActionRotate  Action = "rotate"
+	ActionDelete  Action = "delete"
+	ActionRecover Action = "recover"
+	ActionRepair  Action = "repair"
+)
+
+var (
+	letterOf = map[Action]byte{
+		ActionPut: letterPut, ActionRotate: letterRotate, ActionDelete: letterDelete, ActionRecover: letterRecover, ActionRepair: letterPut,
+	}
+	actionOf = map[byte]Action{
+		letterPut: ActionPut, letterRotate: ActionRotate, letterDelete: ActionDelete, letterRecover: ActionRecover,
+	}
+)
+
+// Intent is a write that is about to change the vault.
+type Intent struct {
+	Action      Action
+	Key         secret.Key
+	OperationID string
+	// Version is the current one that the write found, and Deleted that somebody else
+	// than the broker had deleted the secret then: the vault alone does not tell a
+	// write that was cut off from somebody's recover.
+	Version string
+	Deleted bool
+}
+
+// Outcome is what became of a write.
+type Outcome struct {
+	// Err is an *Error, nil when the write was applied.
+	Err error
+	// Version and Generation are of what the write made; empty where it made nothing.
+	Version    string
+	Generation int64
+}
+
+// errUnrecorded refuses what cannot be recorded.
+func errUnrecorded(key secret.Key, cause error) *Error {
+	e := refuse(key, secret.AuditUnavailable, "the broker cannot write its audit log, and does nothing unrecorded; try again, and see its operator")
+	e.cause = cause
+	return e
+}
+
+// noJournal is that of calls without.
+type noJournal struct{}
+
+func (noJournal) Intend(context.Context, Intent) error { return nil }
+func (noJournal) Ended(context.Context, Outcome) error { return nil }
+func (noJournal) Settled(context.Context, bool)        {}
+func (noJournal) Replayed()                            {}
+
+// recordTimeout bounds what a write waits for its outcome to be recorded when its
+// caller is gone.
+const recordTimeout = 5 * time.Second
+
+// effect is called before each request that changes the vault. ctx is the caller's:
+// as long as nothing was sent, its end ends the write.
+func (op *operation) effect(ctx context.Context) error {
+	if op.phase.Load() == started {
+		ctx = context.WithoutCancel(ctx)
+	}
+	if i := op.found; !op.settles && (op.intended == nil || *op.intended != i) {
+		ctx, cancel := context.WithTimeout(ctx, carryOn)
+		defer cancel()
+		if err := op.Journal.Intend(ctx, i); err != nil {
+			return errUnrecorded(op.key, err)
+		}
+		op.intended = &i
+		if op.phase.Load() != started && ctx.Err() != nil {
+			return ctx.Err()
+		}
+	}
+	return op.begin()
+}
+
+// recordEnd tells the journal what became of the write, and gives what the caller is told.
+func (b *Broker) recordEnd(ctx context.Context, op *operation, err error) error {
+	if op.intended == nil {
+		return err
+	}
+	if told := (*Error)(nil); errors.As(err, &told) && told.Commit == secret.Unknown {
+		defer b.settleLater(op)
+	}
+	o := Outcome{Err: err, Version: op.wrote.Version, Generation: op.wrote.generation}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), recordTimeout)
+	defer cancel()
+	if unrecorded := op.Journal.Ended(ctx, o); unrecorded != nil && err == nil {
+		return withCommit(errUnrecorded(op.key, unrecorded), secret.Applied)
+	}
+	return err
+}
+
+// Settle finds out what became of a write that another process intended, and ends by
+// the rules of Delete, Put and Recover what it left half done. It blocks until the
+// vault tells or ctx ends, and reports whether the write was applied.
+func (b *Broker) Settle(ctx context.Context, call Call, i Intent) (applied bool, err error) {
+	pauses := vault.NewPauses(firstPause, longestPause)
+	for {
+		op := newOperation(call, i.Key, letterOf[i.Action], i.OperationID)
+		op.depth, op.settles = whole, true
+		applied, err = do(b, ctx, op, func(ctx context.Context) (bool, error) { return b.finish(ctx, op, i) })
+		var told *Error
+		if err == nil || errors.As(err, &told) && told.Reason == secret.RequestIDReused {
+			return applied, nil
+		}
+		if b.stopped.Err() != nil || !vault.Pause(ctx, b.wait, pauses.NextBackOff()) {
+			return false, err
+		}
+	}
+}
+
+// finish ends a write that was cut off.
+func (b *Broker) finish(ctx context.Context, op *operation, i Intent) (applied bool, err error) {
+	s, base, replay, err := b.prepare(ctx, op)
+	if err != nil {
+		return false, err
+	}
+	if s.state == Deleted && s.live {
+		if err := b.finishDelete(ctx, op, s); err != nil {
+			return false, err
+		}
+	}
+	switch {
+	case replay != nil, i.Action == ActionRepair:
+		return true, nil
+	case i.Action == ActionRecover && i.Deleted && (s.state == Active || s.state == Disabled) && s.current.Version == i.Version:
+		// The vault's own recover came through, which nothing else undoes.
+		_, err := b.unmark(ctx, op, s, base)
+		return err == nil, err
+	}
+	return false, nil
+}
+
+// Hide keeps what an open intent of another process may have brought back to life from
+// being served until it is settled. It is called before the first read.
+func (b *Broker) Hide(i Intent, at time.Time) {
+	if i.Deleted && i.Version != "" && (i.Action == ActionPut || i.Action == ActionRotate) {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.hidden[i.Key] = hiddenVersion{version: i.Version, deletedAt: at}
+		b.hidings++
+	}
+}
+
+// settleLater finds out in the background what became of a write of unknown outcome.
+func (b *Broker) settleLater(op *operation) {
+	if !b.background() {
+		return // the next start does
+	}
+	go func() {
+		defer b.loads.Done()
+		if applied, err := b.Settle(b.stopped, op.Call, *op.intended); err == nil {
+			op.Journal.Settled(b.stopped, applied)
+		}
+	}()
+}
