@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"runtime/debug"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/uuid"
@@ -29,6 +30,9 @@ type call struct {
 	auditID string
 	write   bool // its errors say whether it happened
 	caller  identity
+	conn    *connection
+	under   *snapshot                    // by which it was admitted
+	watched atomic.Pointer[[]secret.Key] // of a watch, once its request is read
 }
 
 // An audit id is made for every call, and need not be secret: the random bytes of
@@ -74,7 +78,8 @@ func chain(metrics *grpcprom.ServerMetrics, log *slog.Logger, g *gate, drained c
 
 // begin makes the call that everything else goes by.
 func begin(ctx context.Context, method string) (context.Context, *call) {
-	c := &call{auditID: uuid.NewString(), write: methods[method].write, caller: connectionOf(ctx).caller}
+	conn := connectionOf(ctx)
+	c := &call{auditID: uuid.NewString(), write: methods[method].write, caller: conn.caller, conn: conn}
 	return context.WithValue(ctx, callKey{}, c), c
 }
 
@@ -101,7 +106,7 @@ func beginStream(drained context.Context) grpc.StreamServerInterceptor {
 		ctx, end := context.WithCancelCause(ctx)
 		defer end(nil)
 		defer context.AfterFunc(drained, func() { end(errShuttingDown()) })()
-		return handler(srv, &endingStream{middleware.WrappedServerStream{ServerStream: stream, WrappedContext: ctx}})
+		return handler(srv, &middleware.WrappedServerStream{ServerStream: stream, WrappedContext: ctx})
 	}
 }
 
@@ -109,19 +114,28 @@ func errShuttingDown() error {
 	return &broker.Error{Reason: secret.ShuttingDown, Message: "this broker is shutting down; try again, at another one if there is one"}
 }
 
-// endingStream is a stream on which nobody waits for a message when its context has
-// ended: gRPC's own RecvMsg ends with the connection alone.
+// endingStream is a stream on which nobody waits when its context has ended: gRPC's
+// own RecvMsg and SendMsg end with the stream alone, and of a client that does not
+// read, or says nothing, that is when the handler returns.
 type endingStream struct {
 	middleware.WrappedServerStream
 }
 
 func (s *endingStream) RecvMsg(m any) error {
-	received := make(chan error, 1)
-	// It ends when the handler has returned, as it does after an error from here,
-	// and then nobody looks at m.
-	go func() { received <- s.ServerStream.RecvMsg(m) }()
+	return s.orEnd(func() error { return s.ServerStream.RecvMsg(m) })
+}
+
+func (s *endingStream) SendMsg(m any) error {
+	return s.orEnd(func() error { return s.ServerStream.SendMsg(m) })
+}
+
+// orEnd gives what f gives, or why the stream ends. Then f goes on until the handler
+// has returned, as it does after an error from here, and nobody looks at m any more.
+func (s *endingStream) orEnd(f func() error) error {
+	done := make(chan error, 1)
+	go func() { done <- f() }()
 	select {
-	case err := <-received:
+	case err := <-done:
 		return err
 	case <-s.Context().Done():
 		return endOf(s.Context(), s.Context().Err())
@@ -149,7 +163,8 @@ func decideUnary(g *gate) grpc.UnaryServerInterceptor {
 	}
 }
 
-// judgeEvery is how often it is asked whether a stream may go on.
+// judgeEvery is how often it is asked whether a stream may go on, beside whenever
+// another snapshot is in force: certificates expire by themselves.
 const judgeEvery = 2 * time.Second
 
 // decideStream judges a stream at its beginning and as long as it lasts.
@@ -161,24 +176,35 @@ func decideStream(g *gate) grpc.StreamServerInterceptor {
 		}
 		ctx, end := context.WithCancelCause(stream.Context())
 		defer end(nil)
-		go func() {
-			again := time.NewTicker(judgeEvery)
-			defer again.Stop()
-			for {
-				select {
-				case <-again.C:
-					if err := g.admit(c, info.FullMethod); err != nil {
-						end(err)
-					}
-				case <-ctx.Done():
-					return
-				}
-			}
-		}()
+		go func() { end(g.judgeOn(ctx, c, info.FullMethod)) }()
 		err := handler(srv, &endingStream{middleware.WrappedServerStream{ServerStream: stream, WrappedContext: ctx}})
 		if told := (*broker.Error)(nil); errors.As(err, &told) || errors.As(context.Cause(ctx), &told) {
 			return g.fail(stream.Context(), endOf(ctx, err))
 		}
 		return err
+	}
+}
+
+// judgeOn waits until a stream may not go on, and gives why; nil when it ended before.
+func (g *gate) judgeOn(ctx context.Context, c *call, fullMethod string) error {
+	again := time.NewTicker(judgeEvery)
+	defer again.Stop()
+	var last *snapshot
+	for {
+		now := g.trust.now.Load()
+		err := g.judge(c, now, fullMethod)
+		if err == nil && now != last {
+			err = g.judgeWatch(c, now)
+		}
+		if err != nil {
+			return err
+		}
+		last = now
+		select {
+		case <-again.C:
+		case <-now.replaced:
+		case <-ctx.Done():
+			return nil
+		}
 	}
 }

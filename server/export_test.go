@@ -12,5 +12,11 @@ const HandshakeTimeout = handshakeTimeout
 // SetHandshakeTimeout is for tests that have less time than that.
 func (c *Config) SetHandshakeTimeout(d time.Duration) { c.handshakeTimeout = d }
 
+// SetReadEvery is how often the files are read again in tests, which have less time.
+func (c *TrustConfig) SetReadEvery(d time.Duration) { c.readEvery = d }
+
+// Look reads the files again now.
+func (t *Trust) Look() { t.look() }
+
 // Services is all that is registered, which is all that can be called.
 func (s *Server) Services() map[string]grpc.ServiceInfo { return s.grpc.GetServiceInfo() }

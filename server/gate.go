@@ -41,15 +41,14 @@ var methods = map[string]method{
 // request is looked at), and once the request is parsed, does a rule allow this
 // secret (allow, allowInstance).
 type gate struct {
-	policy *authz.Policy
-	now    func() time.Time
-	log    *slog.Logger
+	trust *Trust
+	now   func() time.Time
+	log   *slog.Logger
 }
 
 // identity is who a certificate says that the caller is.
 type identity struct {
 	id      spiffeid.ID
-	expires time.Time
 	problem error // why there is no id
 }
 
@@ -61,20 +60,33 @@ func (i identity) name() string {
 	return i.id.String()
 }
 
-// admit judges a call before its request is looked at.
+// admit judges a call before its request is looked at. What is in force then is so
+// for the whole of a unary call.
 func (g *gate) admit(c *call, fullMethod string) error {
-	if strings.HasPrefix(fullMethod, "/"+healthpb.Health_ServiceDesc.ServiceName+"/") {
-		return nil // the handshake asked for a certificate; no rule is needed
+	c.under = g.trust.now.Load()
+	return g.judge(c, c.under, fullMethod)
+}
+
+// judge is admit under some snapshot. A connection outlives the handshake that checked
+// its certificate by days, so that this asks everything again.
+func (g *gate) judge(c *call, under *snapshot, fullMethod string) error {
+	if why := under.certified(c.conn, g.now()); why != nil {
+		return errUnknown(why)
 	}
-	// A connection outlives the handshake that checked the certificate by days.
-	if c.caller.problem != nil || !g.policy.Knows(c.caller.id) || g.now().After(c.caller.expires) {
-		return &broker.Error{Reason: secret.CallerUnknown, Message: "the policy knows no caller by this certificate: it needs exactly one URI SAN, the SPIFFE ID of an identity in the policy, and to be unexpired"}
+	if strings.HasPrefix(fullMethod, "/"+healthpb.Health_ServiceDesc.ServiceName+"/") {
+		return nil // it takes a certificate and no rule
+	}
+	if c.caller.problem != nil {
+		return errUnknown(c.caller.problem)
+	}
+	if !under.policy.Knows(c.caller.id) {
+		return errUnknown(errNoRule)
 	}
 	permission := methods[fullMethod].permission
 	if strings.HasPrefix(fullMethod, "/grpc.reflection.") || strings.HasPrefix(fullMethod, "/grpc.channelz.") {
 		permission = authz.Debug
 	}
-	if permission == "" || !g.policy.Permits(c.caller.id, permission) {
+	if permission == "" || !under.policy.Permits(c.caller.id, permission) {
 		return errNotAllowed()
 	}
 	return nil
@@ -82,18 +94,49 @@ func (g *gate) admit(c *call, fullMethod string) error {
 
 // allow judges a call of this method for one secret.
 func (g *gate) allow(ctx context.Context, p authz.Permission, key secret.Key) error {
-	if !g.policy.Allows(callFrom(ctx).caller.id, p, key) {
+	c := callFrom(ctx)
+	if !c.under.policy.Allows(c.caller.id, p, key) {
 		return errNotAllowed()
+	}
+	return nil
+}
+
+// allowWatch judges a watch of these secrets, now and, by decideStream, as long as it
+// lasts.
+func (g *gate) allowWatch(ctx context.Context, keys []secret.Key) error {
+	c := callFrom(ctx)
+	c.watched.Store(&keys)
+	// By what is in force after that: a change before it was judged without the keys.
+	return g.judgeWatch(c, g.trust.now.Load())
+}
+
+// judgeWatch judges the secrets that a call watches, if it is a watch and got so far.
+func (g *gate) judgeWatch(c *call, under *snapshot) error {
+	keys := c.watched.Load()
+	if keys == nil {
+		return nil
+	}
+	for _, key := range *keys {
+		if !under.policy.Allows(c.caller.id, authz.Watch, key) {
+			return errNotAllowed()
+		}
 	}
 	return nil
 }
 
 // allowInstance judges a call for whatever secrets of one instance.
 func (g *gate) allowInstance(ctx context.Context, p authz.Permission, id secret.InstanceID) error {
-	if !g.policy.AllowsInstance(callFrom(ctx).caller.id, p, id) {
+	c := callFrom(ctx)
+	if !c.under.policy.AllowsInstance(c.caller.id, p, id) {
 		return errNotAllowed()
 	}
 	return nil
+}
+
+// errUnknown is the same whatever the reason, which is for the log.
+func errUnknown(why error) error {
+	return (&broker.Error{Reason: secret.CallerUnknown,
+		Message: "the policy knows no caller by this certificate: it needs exactly one URI SAN, the SPIFFE ID of an identity in the policy, and to be unexpired, not revoked and of the present client CA"}).Because(why)
 }
 
 // errNotAllowed is the same for secrets that exist and for those that don't, and
@@ -111,6 +154,6 @@ func errTooManyWatches() error {
 // visible gives the judgement of single secrets for a list, in which what is not
 // allowed is left out.
 func (g *gate) visible(ctx context.Context, p authz.Permission) func(secret.Key) bool {
-	caller := callFrom(ctx).caller.id
-	return func(key secret.Key) bool { return g.policy.Allows(caller, p, key) }
+	c := callFrom(ctx)
+	return func(key secret.Key) bool { return c.under.policy.Allows(c.caller.id, p, key) }
 }

@@ -283,9 +283,8 @@ func TestCertificateExpiresOnAnOpenConnection(t *testing.T) {
 	wantReason(t, list(), secret.CallerUnknown, "")
 	stream := invoke(callContext(t), conn, "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", true, &reflectionpb.ServerReflectionRequest{})
 	wantReason(t, stream, secret.CallerUnknown, "")
-	if _, err := healthpb.NewHealthClient(conn).Check(callContext(t), &healthpb.HealthCheckRequest{}); err != nil {
-		t.Errorf("health check on the same connection: %v", err)
-	}
+	_, err := healthpb.NewHealthClient(conn).Check(callContext(t), &healthpb.HealthCheckRequest{})
+	wantReason(t, err, secret.CallerUnknown, "")
 }
 
 // TestOrderOfJudgement: caller, permission, form of the request, secret.

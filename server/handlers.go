@@ -174,10 +174,8 @@ func (s *service) WatchSecrets(in *secretsv1.WatchSecretsRequest, stream grpc.Se
 	if err != nil {
 		return err
 	}
-	for _, key := range keys {
-		if err := s.gate.allow(ctx, authz.Watch, key); err != nil {
-			return err
-		}
+	if err := s.gate.allowWatch(ctx, keys); err != nil {
+		return err
 	}
 	conn := connectionOf(ctx)
 	defer conn.watches.Add(-1)

@@ -32,7 +32,6 @@ import (
 	"github.com/exto/secrets-broker/internal/pki"
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server"
-	"github.com/exto/secrets-broker/server/authz"
 	"github.com/exto/secrets-broker/server/broker"
 	"github.com/exto/secrets-broker/server/vault"
 	"github.com/exto/secrets-broker/server/vault/embedded"
@@ -122,8 +121,12 @@ type system struct {
 	fake *keyvaultfake.Fake
 	own  func() vault.Vault
 	addr string
-	// config, unless nil, changes how the server is made.
+	// config, unless nil, changes how the server is made, and trust whom it trusts.
 	config func(*server.Config)
+	trust  func(*server.TrustConfig)
+	// metrics and trusted are those of the present broker.
+	metrics *prometheus.Registry
+	trusted *server.Trust
 	// heart, unless nil, changes how the broker behind it is made.
 	heart func(*broker.Config)
 	face  *server.Server
@@ -203,7 +206,7 @@ func newSystem(t *testing.T) *system {
 	t.Helper()
 	s := &system{t: t, dir: t.TempDir(), clock: &clock{now: time.Now().UTC().Truncate(time.Second)}, policy: policy, log: &logBuffer{}}
 	var err error
-	if s.ca, err = pki.NewCA("test CA", time.Now(), time.Hour); err != nil {
+	if s.ca, err = pki.NewCA("test CA", time.Now(), 24*time.Hour); err != nil {
 		t.Fatal(err)
 	}
 	return s
@@ -235,16 +238,20 @@ func (s *system) restart() {
 		s.t.Cleanup(func() { _ = behind.Close() }) // after the broker's own end
 	}
 	s.vault = vaulttest.NewFaulty(behind)
-	policy, err := authz.ParsePolicy([]byte(s.policy))
-	if err != nil {
-		s.t.Fatal(err)
-	}
 	cert := s.issue("server", x509.Certificate{IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}}, time.Hour)
-	files := server.TLSFiles{Cert: s.write("server.pem", cert.CertPEM()), Key: s.write("server-key.pem", s.keyPEM(cert)), ClientCA: s.write("ca.pem", s.ca.CertPEM())}
-	tlsConfig, err := files.Config(s.logger())
+	s.metrics = prometheus.NewRegistry()
+	trustConfig := server.TrustConfig{Logger: s.logger(), Metrics: s.metrics, Files: server.Files{
+		Cert: s.write("server.pem", cert.CertPEM()), Key: s.write("server-key.pem", s.keyPEM(cert)),
+		ClientCA: s.write("ca.pem", s.ca.CertPEM()), Policy: s.write("policy.yaml", []byte(s.policy)),
+	}}
+	if s.trust != nil {
+		s.trust(&trustConfig)
+	}
+	trust, err := server.OpenTrust(trustConfig)
 	if err != nil {
 		s.t.Fatal(err)
 	}
+	s.trusted = trust
 	hurried := &atomic.Bool{}
 	s.hurried = hurried
 	wait := func(ctx context.Context, d time.Duration) error {
@@ -258,7 +265,7 @@ func (s *system) restart() {
 		s.heart(&heartConfig)
 	}
 	heart := broker.New(heartConfig)
-	cfg := server.Config{Broker: heart, Policy: policy, TLS: tlsConfig, Logger: s.logger(), Metrics: prometheus.NewRegistry()}
+	cfg := server.Config{Broker: heart, Trust: trust, Logger: s.logger(), Metrics: s.metrics}
 	if s.config != nil {
 		s.config(&cfg)
 	}
@@ -273,7 +280,12 @@ func (s *system) restart() {
 	s.addr, s.face = listener.Addr().String(), face
 	served := make(chan error, 1)
 	go func() { served <- face.Serve(listener) }()
+	watched, unwatch := context.WithCancel(context.Background())
+	var watching sync.WaitGroup
+	watching.Go(func() { trust.Run(watched) })
 	s.stop = sync.OnceFunc(func() {
+		unwatch()
+		watching.Wait()
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 		defer cancel()
 		face.Shutdown(ctx)

@@ -5,7 +5,6 @@ package server
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"log/slog"
 	"net"
@@ -22,7 +21,6 @@ import (
 	"google.golang.org/grpc/reflection"
 
 	secretsv1 "github.com/exto/secrets-broker/gen/exto/secrets/v1"
-	"github.com/exto/secrets-broker/server/authz"
 	"github.com/exto/secrets-broker/server/broker"
 )
 
@@ -51,9 +49,9 @@ const streamWorkers = 64
 // Config is what a Server stands on. All fields are required but Now.
 type Config struct {
 	Broker *broker.Broker
-	Policy *authz.Policy
-	// TLS is how connections are secured: from TLSFiles.Config.
-	TLS *tls.Config
+	// Trust is who may call, and how connections are secured. Its Run has to run as
+	// long as the server.
+	Trust *Trust
 	// Logger gets one line for each call, at a level that follows from its code,
 	// and the causes that callers are not told.
 	Logger *slog.Logger
@@ -89,10 +87,10 @@ func New(cfg Config) (*Server, error) {
 	}
 	s := &Server{
 		health:     health.NewServer(),
-		handshakes: &handshakes{TransportCredentials: credentials.NewTLS(cfg.TLS), pending: map[net.Conn]bool{}},
+		handshakes: &handshakes{TransportCredentials: credentials.NewTLS(cfg.Trust.TLS()), trust: cfg.Trust, pending: map[net.Conn]bool{}},
 	}
 	s.drained, s.drain = context.WithCancel(context.Background())
-	gate := &gate{policy: cfg.Policy, now: cfg.Now, log: cfg.Logger}
+	gate := &gate{trust: cfg.Trust, now: cfg.Now, log: cfg.Logger}
 	s.grpc = grpc.NewServer(append(chain(metrics, cfg.Logger, gate, s.drained),
 		grpc.Creds(s.handshakes),
 		grpc.MaxRecvMsgSize(maxRequestBytes),

@@ -19,8 +19,6 @@ const (
 	resourceType = "exto.secrets.v1.Secret"
 )
 
-var errNoCertificate = errors.New("no client certificate")
-
 // code is the gRPC code of each reason.
 var code = map[secret.Reason]codes.Code{
 	secret.InvalidInstanceID:      codes.InvalidArgument,

@@ -5,7 +5,6 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"io"
-	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
@@ -71,51 +70,28 @@ func (s *system) wantServed(cfg *tls.Config, want pki.Pair, when string) {
 	}
 }
 
-func TestTLSFilesAtStart(t *testing.T) {
-	t.Parallel()
+// quiet reads files again when a test says so, by look.
+func quiet(c *server.TrustConfig) { c.SetReadEvery(time.Hour) }
+
+// look reads the files until a change of them is taken.
+func (s *system) look() {
+	for range 2 {
+		s.trusted.Look()
+	}
+}
+
+// startQuiet is startSystem with files that are read when the test says so.
+func startQuiet(t *testing.T) *system {
+	t.Helper()
 	s := newSystem(t)
-	pair, other := s.serverPair(), s.serverPair()
-	cert, key := s.write("c.pem", pair.CertPEM()), s.write("k.pem", s.keyPEM(pair))
-	ca, otherKey := s.write("a.pem", s.ca.CertPEM()), s.write("o.pem", s.keyPEM(other))
-	empty, text := s.write("empty.pem", nil), s.write("text.pem", []byte("not PEM at all\n"))
-	absent := filepath.Join(s.dir, "absent.pem")
-	logger := slog.New(slog.DiscardHandler)
-	if _, err := (server.TLSFiles{Cert: cert, Key: key, ClientCA: ca}).Config(logger); err != nil {
-		t.Fatalf("good files: %v", err)
-	}
-	for name, tt := range map[string]struct {
-		files server.TLSFiles
-		named string
-	}{
-		"no certificate":             {server.TLSFiles{Cert: absent, Key: key, ClientCA: ca}, absent},
-		"no key":                     {server.TLSFiles{Cert: cert, Key: absent, ClientCA: ca}, absent},
-		"no client CA":               {server.TLSFiles{Cert: cert, Key: key, ClientCA: absent}, absent},
-		"empty certificate":          {server.TLSFiles{Cert: empty, Key: key, ClientCA: ca}, empty},
-		"a key in the certificate":   {server.TLSFiles{Cert: key, Key: key, ClientCA: ca}, key},
-		"text in the key":            {server.TLSFiles{Cert: cert, Key: text, ClientCA: ca}, text},
-		"another's key":              {server.TLSFiles{Cert: cert, Key: otherKey, ClientCA: ca}, otherKey},
-		"text in the client CA":      {server.TLSFiles{Cert: cert, Key: key, ClientCA: text}, text},
-		"empty client CA":            {server.TLSFiles{Cert: cert, Key: key, ClientCA: empty}, empty},
-		"a key in the client CA":     {server.TLSFiles{Cert: cert, Key: key, ClientCA: key}, key},
-		"a folder for the client CA": {server.TLSFiles{Cert: cert, Key: key, ClientCA: s.dir}, s.dir},
-	} {
-		cfg, err := tt.files.Config(logger)
-		if err == nil || cfg != nil {
-			t.Errorf("%s: got a configuration, want an error", name)
-			continue
-		}
-		if !contains(err.Error(), tt.named) || contains(err.Error(), "\n") {
-			t.Errorf("%s: got %q, want one line that names %s", name, err, tt.named)
-		}
-		if contains(err.Error(), "PRIVATE KEY-----") || contains(err.Error(), strings.Split(string(s.keyPEM(pair)), "\n")[1]) {
-			t.Errorf("%s: the error holds a part of a key", name)
-		}
-	}
+	s.trust = quiet
+	s.startEmbedded()
+	return s
 }
 
 func TestNewServerCertificate(t *testing.T) {
 	t.Parallel()
-	s := startSystem(t)
+	s := startQuiet(t)
 	cfg := s.clientTLS(s.certificate("spiffe://console.exto/" + consoleAPI))
 	open := s.as(consoleAPI)
 	list := func(when string) {
@@ -128,22 +104,25 @@ func TestNewServerCertificate(t *testing.T) {
 	next := s.serverPair()
 	// Between the two writes certificate and key don't belong together.
 	s.replace("server.pem", next.CertPEM())
+	s.look()
 	if state, err := s.handshake(cfg); err != nil || state.PeerCertificates[0].Equal(next.Cert) {
 		t.Fatalf("a new certificate without its key: got %v, want that before to be in force", err)
 	}
 	s.replace("server-key.pem", s.keyPEM(next))
+	s.look()
 	s.wantServed(cfg, next, "a new certificate with its key")
 	list("after")
 	// Written over in place, too.
 	next = s.serverPair()
 	s.write("server.pem", append(next.CertPEM(), strings.Repeat("\n", 64)...))
 	s.write("server-key.pem", append(s.keyPEM(next), strings.Repeat("\n", 64)...))
+	s.look()
 	s.wantServed(cfg, next, "written in place")
 }
 
 func TestNewClientCA(t *testing.T) {
 	t.Parallel()
-	s := startSystem(t)
+	s := startQuiet(t)
 	ca, err := pki.NewCA("next CA", time.Now(), time.Hour)
 	if err != nil {
 		t.Fatal(err)
@@ -169,8 +148,10 @@ func TestNewClientCA(t *testing.T) {
 	}
 	want("the first CA", true, false, old, next)
 	s.replace("ca.pem", append(s.ca.CertPEM(), ca.CertPEM()...))
+	s.look()
 	want("both CAs", true, true, old, next)
 	s.replace("ca.pem", ca.CertPEM())
+	s.look()
 	want("the next CA", false, true, old, next)
 }
 
@@ -213,83 +194,21 @@ func TestSymlinkSwap(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	s.config = func(c *server.Config) {
-		var err error
-		c.TLS, err = server.TLSFiles{Cert: filepath.Join(mount, names[0]), Key: filepath.Join(mount, names[1]), ClientCA: filepath.Join(mount, names[2])}.Config(s.logger())
-		if err != nil {
-			t.Fatal(err)
-		}
+	s.trust = func(c *server.TrustConfig) {
+		quiet(c)
+		c.Files.Cert, c.Files.Key, c.Files.ClientCA = filepath.Join(mount, names[0]), filepath.Join(mount, names[1]), filepath.Join(mount, names[2])
 	}
 	s.startEmbedded()
 	cfg := s.clientTLS(s.certificate("spiffe://console.exto/" + consoleAPI))
 	s.wantServed(cfg, first, "at start")
 	publish("..second", second)
+	s.look()
 	s.wantServed(cfg, second, "after the swap")
 	if err := os.RemoveAll(filepath.Join(mount, "..first")); err != nil {
 		t.Fatal(err)
 	}
+	s.look()
 	s.wantServed(cfg, second, "after the old folder is gone")
-}
-
-// TestBadNewFilesKeepTheOldOnes, and say so once for each change.
-func TestBadNewFilesKeepTheOldOnes(t *testing.T) {
-	t.Parallel()
-	s := startSystem(t)
-	cfg := s.clientTLS(s.certificate("spiffe://console.exto/" + consoleAPI))
-	first := s.served(cfg)
-	complaints := func() int { return strings.Count(s.log.String(), "TLS files are bad") }
-	if n := complaints(); n > 0 {
-		t.Fatalf("got %d complaints about good files", n)
-	}
-	good := map[string][]byte{}
-	for _, name := range []string{"server.pem", "server-key.pem", "ca.pem"} {
-		content, err := os.ReadFile(filepath.Join(s.dir, name))
-		if err != nil {
-			t.Fatal(err)
-		}
-		good[name] = content
-	}
-	n := 0
-	for name, content := range good {
-		for what, spoil := range map[string]func(){
-			"no PEM": func() { s.replace(name, []byte("not PEM")) },
-			"empty":  func() { s.replace(name, nil) },
-			"gone": func() {
-				if err := os.Remove(filepath.Join(s.dir, name)); err != nil {
-					t.Fatal(err)
-				}
-			},
-		} {
-			spoil()
-			n++
-			for range 3 {
-				if !s.served(cfg).Equal(first) {
-					t.Errorf("%s of %s: another certificate is served", what, name)
-				}
-			}
-			if got := complaints(); got != n {
-				t.Errorf("%s of %s: got %d complaints so far, want %d, one for each change", what, name, got, n)
-			}
-			if !s.logHasLine("TLS files are bad", "level=ERROR", filepath.Join(s.dir, name)) {
-				t.Errorf("%s of %s: no complaint names the file", what, name)
-			}
-			s.replace(name, content)
-			if !s.served(cfg).Equal(first) || complaints() != n {
-				t.Errorf("%s of %s: put right again, it is still complained about", what, name)
-			}
-		}
-	}
-	// Good files are taken up after bad ones. All of them at once: a bad CA keeps a
-	// good certificate back.
-	next := s.serverPair()
-	s.replace("ca.pem", []byte("not PEM"))
-	s.replace("server.pem", next.CertPEM())
-	s.replace("server-key.pem", s.keyPEM(next))
-	if !s.served(cfg).Equal(first) {
-		t.Error("the certificate was taken up beside a bad client CA")
-	}
-	s.replace("ca.pem", good["ca.pem"])
-	s.wantServed(cfg, next, "with all files good again")
 }
 
 func (s *system) served(cfg *tls.Config) *x509.Certificate {

@@ -32,6 +32,7 @@ type serveCommand struct {
 	TLSCertFile         string `name:"tls-cert-file" env:"BROKER_TLS_CERT_FILE" placeholder:"FILE" help:"PEM file of the server's certificate. Required."`
 	TLSKeyFile          string `name:"tls-key-file" env:"BROKER_TLS_KEY_FILE" placeholder:"FILE" help:"PEM file of its private key. Required."`
 	TLSClientCAFile     string `name:"tls-client-ca-file" env:"BROKER_TLS_CLIENT_CA_FILE" placeholder:"FILE" help:"PEM file of the CA that issues the callers' certificates. Required."`
+	TLSRevokedFile      string `name:"tls-revoked-file" env:"BROKER_TLS_REVOKED_FILE" placeholder:"FILE" help:"What is revoked of the callers' certificates: serial numbers in hex or SPIFFE IDs, one a line. Unset: nothing is."`
 	PolicyFile          string `name:"policy-file" env:"BROKER_POLICY_FILE" placeholder:"FILE" help:"YAML file that says who may call what. Required."`
 	DataDir             string `name:"data-dir" env:"BROKER_DATA_DIR" placeholder:"DIR" help:"Folder of the embedded store. Required by it."`
 	EmbeddedKeyFile     string `name:"embedded-key-file" env:"BROKER_EMBEDDED_KEY_FILE" placeholder:"FILE" help:"Key of the embedded store, made on first start; store.key in its folder by default."`
@@ -57,19 +58,43 @@ func (c serveCommand) Run(ctx context.Context, s streams) error {
 	return c.serve(ctx, s, func(net.Addr) {})
 }
 
+// trustFile is the setting of a file by which callers are known.
+type trustFile struct {
+	field, value string // of server.Files
+	name         string
+	meaning      string
+}
+
+func (c serveCommand) trustFiles() []trustFile {
+	return []trustFile{
+		{"Cert", c.TLSCertFile, "BROKER_TLS_CERT_FILE (--tls-cert-file)", "the PEM file of the server's certificate"},
+		{"Key", c.TLSKeyFile, "BROKER_TLS_KEY_FILE (--tls-key-file)", "the PEM file of the server's private key"},
+		{"ClientCA", c.TLSClientCAFile, "BROKER_TLS_CLIENT_CA_FILE (--tls-client-ca-file)", "the PEM file of the CA that issues the callers' certificates"},
+		{"Policy", c.PolicyFile, "BROKER_POLICY_FILE (--policy-file)", "the YAML file that says who may call what"},
+		{"Revoked", c.TLSRevokedFile, "BROKER_TLS_REVOKED_FILE (--tls-revoked-file)", "the file that lists what is revoked, or leave it unset when nothing is"},
+	}
+}
+
+// openTrust reads the files by which callers are known. The error names the setting.
+func (c serveCommand) openTrust(log *slog.Logger, metrics prometheus.Registerer) (*server.Trust, error) {
+	trust, err := server.OpenTrust(server.TrustConfig{Logger: log, Metrics: metrics, Files: server.Files{
+		Cert: c.TLSCertFile, Key: c.TLSKeyFile, ClientCA: c.TLSClientCAFile, Revoked: c.TLSRevokedFile, Policy: c.PolicyFile,
+	}})
+	if bad := (*server.FileError)(nil); errors.As(err, &bad) {
+		for _, f := range c.trustFiles() {
+			if f.field == bad.Field {
+				return nil, fmt.Errorf("%s: %w; set it to %s", f.name, err, f.meaning)
+			}
+		}
+	}
+	return trust, err
+}
+
 // check names the first setting that is missing or out of range.
 func (c serveCommand) check() error {
-	for _, required := range []struct{ value, name, meaning string }{
-		{c.TLSCertFile, "BROKER_TLS_CERT_FILE (--tls-cert-file)", "the PEM file of the server's certificate"},
-		{c.TLSKeyFile, "BROKER_TLS_KEY_FILE (--tls-key-file)", "the PEM file of the server's private key"},
-		{c.TLSClientCAFile, "BROKER_TLS_CLIENT_CA_FILE (--tls-client-ca-file)", "the PEM file of the CA that issues the callers' certificates"},
-		{c.PolicyFile, "BROKER_POLICY_FILE (--policy-file)", "the YAML file that says who may call what"},
-	} {
-		if required.value == "" {
-			return fmt.Errorf("%s is not set: set it to %s, or run broker dev, which makes one", required.name, required.meaning)
-		}
-		if _, err := os.Stat(required.value); err != nil {
-			return fmt.Errorf("%s: %w; set it to %s", required.name, err, required.meaning)
+	for _, f := range c.trustFiles() {
+		if f.value == "" && f.field != "Revoked" {
+			return fmt.Errorf("%s is not set: set it to %s, or run broker dev, which makes one", f.name, f.meaning)
 		}
 	}
 	switch {
@@ -117,13 +142,11 @@ func (c serveCommand) serve(ctx context.Context, s streams, listening func(net.A
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(gcPercent)
 	}
-	policy, err := readPolicy(c.PolicyFile)
+	metrics := prometheus.NewRegistry()
+	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	trust, err := c.openTrust(log, metrics)
 	if err != nil {
-		return fmt.Errorf("BROKER_POLICY_FILE (--policy-file): %w", err)
-	}
-	tlsConfig, err := server.TLSFiles{Cert: c.TLSCertFile, Key: c.TLSKeyFile, ClientCA: c.TLSClientCAFile}.Config(log)
-	if err != nil {
-		return fmt.Errorf("BROKER_TLS_CERT_FILE, BROKER_TLS_KEY_FILE, BROKER_TLS_CLIENT_CA_FILE: %w", err)
+		return err
 	}
 	// Before the store: a start that fails for its address makes no store.
 	grpcListener, err := listen("BROKER_LISTEN_ADDRESS (--listen-address)", c.ListenAddress)
@@ -149,9 +172,7 @@ func (c serveCommand) serve(ctx context.Context, s streams, listening func(net.A
 		stale = broker.NoStaleOnError
 	}
 	heart := broker.New(broker.Config{Vault: store, CacheTTL: c.CacheTTL, StaleOnError: stale, Logger: log})
-	metrics := prometheus.NewRegistry()
-	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	face, err := server.New(server.Config{Broker: heart, Policy: policy, TLS: tlsConfig, Logger: log, Metrics: metrics})
+	face, err := server.New(server.Config{Broker: heart, Trust: trust, Logger: log, Metrics: metrics})
 	if err != nil {
 		return err
 	}
@@ -160,6 +181,7 @@ func (c serveCommand) serve(ctx context.Context, s streams, listening func(net.A
 
 	group, groupCtx := errgroup.WithContext(ctx)
 	group.Go(func() error { return face.Serve(grpcListener) })
+	group.Go(func() error { trust.Run(groupCtx); return nil })
 	group.Go(func() error { return ops.serve(opsListener) })
 	group.Go(func() error {
 		<-groupCtx.Done() // a signal, or one of the two failed

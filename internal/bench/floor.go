@@ -69,7 +69,9 @@ func runFloor(ctx context.Context, dir string) error {
 		return err
 	}
 	cert, key := devdir.PairFiles(dir, "server")
-	secured, err := server.TLSFiles{Cert: cert, Key: key, ClientCA: filepath.Join(dir, "ca.pem")}.Config(slog.Default())
+	trust, err := server.OpenTrust(server.TrustConfig{Logger: slog.Default(), Files: server.Files{
+		Cert: cert, Key: key, ClientCA: filepath.Join(dir, "ca.pem"), Policy: filepath.Join(dir, "policy.yaml"),
+	}})
 	if err != nil {
 		return err
 	}
@@ -85,7 +87,7 @@ func runFloor(ctx context.Context, dir string) error {
 	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	go func() { _ = http.Serve(operations, promhttp.HandlerFor(metrics, promhttp.HandlerOpts{})) }() // to the end of the process
 
-	s := grpc.NewServer(grpc.Creds(credentials.NewTLS(secured)))
+	s := grpc.NewServer(grpc.Creds(credentials.NewTLS(trust.TLS())))
 	secretsv1.RegisterSecretsBrokerServiceServer(s, f)
 	// As the broker says it, so that both are started alike.
 	slog.New(slog.NewTextHandler(os.Stderr, nil)).Info("listening", "grpc", calls.Addr().String(), "metrics", operations.Addr().String())

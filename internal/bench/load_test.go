@@ -63,7 +63,9 @@ func serve(t *testing.T, c *counter) (address, dir string) {
 		t.Fatal(err)
 	}
 	cert, key := devdir.PairFiles(dir, "server")
-	secured, err := server.TLSFiles{Cert: cert, Key: key, ClientCA: filepath.Join(dir, "ca.pem")}.Config(slog.New(slog.DiscardHandler))
+	trust, err := server.OpenTrust(server.TrustConfig{Logger: slog.New(slog.DiscardHandler), Files: server.Files{
+		Cert: cert, Key: key, ClientCA: filepath.Join(dir, "ca.pem"), Policy: filepath.Join(dir, "policy.yaml"),
+	}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -71,7 +73,7 @@ func serve(t *testing.T, c *counter) (address, dir string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := grpc.NewServer(grpc.Creds(credentials.NewTLS(secured)))
+	s := grpc.NewServer(grpc.Creds(credentials.NewTLS(trust.TLS())))
 	secretsv1.RegisterSecretsBrokerServiceServer(s, c)
 	var serving sync.WaitGroup
 	serving.Go(func() { _ = s.Serve(l) })

@@ -6,8 +6,10 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/asn1"
 	"math/big"
 	"net/url"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -64,29 +66,70 @@ func TestCallerFromCertificate(t *testing.T) {
 	}
 }
 
-// FuzzCaller looks that what is accepted is one of the names that a policy can
-// hold: of at most 512 bytes, and the same when read from a policy file.
-func FuzzCaller(f *testing.F) {
-	for _, uri := range []string{"spiffe://console.exto/worker", "SPIFFE://a/b", "spiffe://a", "spiffe://a/%2e%2e/b", "spiffe://a/b#", "https://a/b", "spiffe:a/b"} {
-		f.Add(uri)
+// callerForm is what a caller's name looks like, said in another way than the
+// library that reads it does.
+var callerForm = regexp.MustCompile(`^spiffe://[a-z0-9._-]+(/[A-Za-z0-9._-]+)*$`)
+
+// FuzzCertificateToCaller makes certificates with these URI SANs, byte for byte. It
+// looks that a name is read from exactly one URI, that it is that URI, and that a
+// policy can hold it.
+func FuzzCertificateToCaller(f *testing.F) {
+	for _, uri := range []string{"spiffe://console.exto/worker", "SPIFFE://a/b", "spiffe://a", "spiffe://a/%2e%2e/b", "spiffe://a/../b", "spiffe://a/b#", "spiffe://a/b?", "https://a/b", "spiffe:a/b", "spiffe://a/b\x00", "spiffe://\u00e4/b"} {
+		f.Add(uri, "", uint8(1))
+		f.Add(uri, "spiffe://console.exto/operator", uint8(2))
 	}
-	f.Fuzz(func(t *testing.T, s string) {
-		uri, err := url.Parse(s)
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, first, second string, count uint8) {
+		uris := []string{first, second}[:count%3]
+		leaf, err := withURIs(key, uris)
 		if err != nil {
-			t.Skip() // no certificate with it parses either
+			return // refused at the handshake
 		}
-		id, err := authz.CallerFromCertificate(&x509.Certificate{URIs: []*url.URL{uri}})
+		id, err := authz.CallerFromCertificate(leaf)
 		if err != nil {
 			if !id.IsZero() {
 				t.Fatalf("got %v with the error %v", id, err)
 			}
 			return
 		}
-		policy := "trust_domain: " + `"` + id.TrustDomain().Name() + `"` + "\nrules:\n- identity: " + id.String() + "\n  allow: [get]\n"
-		if len(id.String()) > 512 || !mustParse(t, policy).Knows(id) {
-			t.Fatalf("%q is accepted", id)
+		name := id.String()
+		if len(uris) != 1 || len(name) > 512 || !callerForm.MatchString(name) || strings.Contains(name+"/", "/./") || strings.Contains(name+"/", "/../") {
+			t.Fatalf("%q is read as %q", uris, name)
+		}
+		// A URI's scheme has no case, and an empty fragment says nothing.
+		if !strings.EqualFold(uris[0][:len("spiffe")], "spiffe") || strings.TrimSuffix(uris[0][len("spiffe"):], "#") != name[len("spiffe"):] {
+			t.Fatalf("%q is read as %q", uris[0], name)
+		}
+		policy := "trust_domain: " + `"` + id.TrustDomain().Name() + `"` + "\nrules:\n- identity: " + name + "\n  allow: [get]\n"
+		if !mustParse(t, policy).Knows(id) {
+			t.Fatalf("no policy can hold %q", name)
 		}
 	})
+}
+
+// withURIs is a certificate with these URI SANs as they are, whatever they are.
+func withURIs(key *ecdsa.PrivateKey, uris []string) (*x509.Certificate, error) {
+	names := []asn1.RawValue{}
+	for _, uri := range uris {
+		names = append(names, asn1.RawValue{Class: asn1.ClassContextSpecific, Tag: 6, Bytes: []byte(uri)})
+	}
+	san, err := asn1.Marshal(names)
+	if err != nil {
+		return nil, err
+	}
+	template := &x509.Certificate{
+		SerialNumber:    big.NewInt(1),
+		NotAfter:        time.Now().Add(time.Hour),
+		ExtraExtensions: []pkix.Extension{{Id: asn1.ObjectIdentifier{2, 5, 29, 17}, Value: san}},
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		return nil, err
+	}
+	return x509.ParseCertificate(der)
 }
 
 // certificate is a leaf with these URIs and a DNS name, which says nothing of

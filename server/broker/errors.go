@@ -41,6 +41,12 @@ func (e *Error) Error() string {
 	return s
 }
 
+// Because sets the cause of a new error.
+func (e *Error) Because(cause error) *Error {
+	e.cause = cause
+	return e
+}
+
 // Unwrap gives the cause, which may hold upstream text: for the log alone.
 func (e *Error) Unwrap() error { return e.cause }
 
