@@ -1,0 +1,399 @@
+package audit
+
+import (
+	"bufio"
+	"bytes"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
+)
+
+// newMark follows the path in the name of a file that is being begun. It has the
+// path's name only when it is complete, so that whatever is found there is.
+const newMark = ".new"
+
+// openFile goes on with the file at the path, or begins one.
+func (l *Log) openFile() error {
+	path := l.cfg.Path
+	last := path
+	info, err := os.Stat(path)
+	switch {
+	case err == nil && !info.Mode().IsRegular():
+		return fmt.Errorf("%s: is no regular file; use - for standard output", path)
+	case err != nil && !errors.Is(err, fs.ErrNotExist):
+		return err
+	case err != nil || info.Size() == 0:
+		// Stopped in the middle of a rotation, or new.
+		numbers, err := numbered(path)
+		if err != nil {
+			return err
+		}
+		if len(numbers) == 0 {
+			l.chain = uuid.NewString()
+			l.log.Info("audit log: a new chain begins", "path", path, "chain", l.chain)
+			return l.rotate()
+		}
+		last = name(path, numbers[len(numbers)-1])
+	}
+	f, err := os.OpenFile(last, os.O_RDWR|os.O_APPEND, 0)
+	if err != nil {
+		return err
+	}
+	if err := l.resume(f); err != nil {
+		_ = f.Close()
+		return err
+	}
+	if last != path {
+		return l.rotate()
+	}
+	// What a stop in the middle of a rotation left, before it had its name.
+	_ = os.Remove(path + newMark)
+	return nil
+}
+
+// resume takes on the chain and the open intents of a file.
+func (l *Log) resume(f *os.File) error {
+	if err := lock(f); err != nil {
+		return err
+	}
+	now, err := os.Stat(f.Name())
+	if err != nil {
+		return err
+	}
+	info, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if !os.SameFile(now, info) {
+		return fmt.Errorf("%s: is in use by another process", l.cfg.Path)
+	}
+	found, err := scan(f)
+	if err != nil {
+		return fmt.Errorf("%s: %w", f.Name(), err)
+	}
+	l.chain, l.seq, l.head = found.chain, found.seq, found.hash
+	for _, body := range found.open {
+		l.open[idOf(body)] = body
+		l.unclosed = append(l.unclosed, recordOf(body))
+	}
+	l.use(l.cfg.wrap(f), found.end)
+	length := info.Size() - found.end
+	if length == 0 {
+		return nil
+	}
+	sum := sha256.New()
+	if _, err := io.Copy(sum, io.NewSectionReader(f, found.end, length)); err != nil {
+		return err
+	}
+	l.torn = append(l.torn, l.tornEntry(length, hash(sum.Sum(nil))))
+	l.log.Warn("audit log: a torn last line is cut off", "path", f.Name(), "bytes", length)
+	if err := l.file.Truncate(found.end); err != nil {
+		l.unended = true // a file that can only grow
+		l.size += length
+	}
+	l.poke()
+	return nil
+}
+
+// use makes f the file that is written. The caller is the writer, or Open.
+func (l *Log) use(f file, size int64) {
+	l.mu.Lock()
+	if l.file != nil {
+		l.retired = append(l.retired, l.file)
+	}
+	l.file = f
+	l.mu.Unlock()
+	l.out, l.size, l.begun, l.moved, l.unended = f, size, 0, false, false
+	l.fileSize.Store(size)
+}
+
+// rotate begins a new file at the path, with the chain going on: what is there
+// now becomes NAME.N. On an error all is as before.
+func (l *Log) rotate() error {
+	path := l.cfg.Path
+	f, err := os.OpenFile(path+newMark, os.O_RDWR|os.O_APPEND|os.O_CREATE, 0o600)
+	if err != nil {
+		return err
+	}
+	if err = lock(f); err != nil {
+		_ = f.Close()
+		return err
+	}
+	seq, head := l.seq, l.head
+	var b []byte
+	add := func(body []byte) {
+		start := len(b)
+		seq++
+		b = appendLine(b, seq, body, &head)
+		head = sha256.Sum256(b[start:])
+		b = append(b, '\n')
+	}
+	add(l.entry(TypeSystem, l.begin()).body)
+	l.mu.Lock()
+	for _, body := range l.open {
+		add(body)
+	}
+	l.mu.Unlock()
+	wrapped := l.cfg.wrap(f)
+	err = wrapped.Truncate(0) // of a rotation that was stopped
+	if err == nil {
+		_, err = wrapped.Write(b)
+	}
+	if err == nil {
+		err = wrapped.Sync()
+	}
+	if err == nil {
+		err = l.exchange()
+	}
+	if err != nil {
+		_ = os.Remove(f.Name())
+		_ = wrapped.Close()
+		return err
+	}
+	l.seq, l.head = seq, head
+	l.use(wrapped, int64(len(b)))
+	l.begun = l.size
+	l.logHead()
+	return nil
+}
+
+// begin is the first line of a file.
+func (l *Log) begin() *Record {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	s := l.system
+	return &Record{Type: TypeSystem, Action: actionBegin, Chain: l.chain, System: &s}
+}
+
+// exchange gives the present file the next number, if it still has the path, and
+// the new one the path.
+func (l *Log) exchange() error {
+	path := l.cfg.Path
+	numbers, err := numbered(path)
+	if err != nil {
+		return err
+	}
+	info, err := os.Lstat(path)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err == nil && info.Size() > 0 {
+		if l.file == nil {
+			return fmt.Errorf("%s: is in use by another process", path) // it was not there a moment ago
+		}
+		next := 1
+		if len(numbers) > 0 {
+			next = numbers[len(numbers)-1] + 1
+		}
+		if err := os.Rename(path, name(path, next)); err != nil {
+			return err
+		}
+		numbers = append(numbers, next)
+	}
+	if err := os.Rename(path+newMark, path); err != nil {
+		return err
+	}
+	if err := syncDir(path); err != nil {
+		return err
+	}
+	if keep := l.cfg.Keep; keep > 0 && len(numbers) > keep {
+		for _, n := range numbers[:len(numbers)-keep] {
+			if err := os.Remove(name(path, n)); err != nil {
+				l.log.Error("audit log: an old file could not be removed", "error", err)
+			}
+		}
+	}
+	return nil
+}
+
+// place sees to it that the file has its path, and room for so many bytes more.
+func (l *Log) place(size int) error {
+	if !l.onFile() {
+		return nil
+	}
+	if l.moved {
+		return l.rotate()
+	}
+	// A file that has only what it began with takes any record.
+	if most := l.cfg.MaxBytes; most > 0 && l.size > l.begun && l.size+int64(size) > most {
+		if err := l.rotate(); err != nil {
+			l.rotates.fall(err) // the present file will do
+		} else {
+			l.rotates.back()
+		}
+	}
+	return nil
+}
+
+// checkPath finds out whether the file was moved away, removed or emptied.
+func (l *Log) checkPath() {
+	if !l.onFile() {
+		return
+	}
+	mine, err := l.file.Stat()
+	if err != nil {
+		return // the next write will say
+	}
+	there, err := os.Stat(l.cfg.Path)
+	l.moved = err != nil || !os.SameFile(mine, there) || mine.Size() < l.size
+}
+
+// syncFiles syncs the files before the present one, closes them, and syncs that.
+func (l *Log) syncFiles(retired []file, f file) (err error) {
+	for _, r := range retired {
+		err = errors.Join(err, r.Sync(), r.Close())
+	}
+	return errors.Join(err, f.Sync())
+}
+
+func syncDir(path string) error {
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	return errors.Join(dir.Sync(), dir.Close())
+}
+
+// lock makes f this process's alone, until it is closed.
+func lock(f *os.File) error {
+	for {
+		switch err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); {
+		case err == nil:
+			return nil
+		case errors.Is(err, unix.EINTR):
+		case errors.Is(err, unix.EWOULDBLOCK):
+			return fmt.Errorf("%s: is in use by another process", strings.TrimSuffix(f.Name(), newMark))
+		default:
+			return fmt.Errorf("locking %s: %w", f.Name(), err)
+		}
+	}
+}
+
+func name(path string, number int) string { return path + "." + strconv.Itoa(number) }
+
+// numbered gives the numbers of the files that were rotated, in order.
+func numbered(path string) (numbers []int, err error) {
+	entries, err := os.ReadDir(filepath.Dir(path))
+	for _, e := range entries {
+		rest, ok := strings.CutPrefix(e.Name(), filepath.Base(path)+".")
+		if n, err := strconv.Atoi(rest); ok && err == nil && n > 0 && strconv.Itoa(n) == rest {
+			numbers = append(numbers, n)
+		}
+	}
+	slices.Sort(numbers)
+	return numbers, err
+}
+
+// found is what a file holds.
+type found struct {
+	parsed        // the last whole line
+	chain  string // of the first line
+	end    int64  // where the last whole line ends
+	open   [][]byte
+}
+
+// scan reads a file of the log. Only the first and the last whole line are
+// checked: audit verify is for the others.
+func scan(f *os.File) (found, error) {
+	var (
+		all   found
+		last  int64
+		count int64
+		open  = map[string]int{}
+		lines = newLines(f)
+	)
+	for {
+		b, whole, err := lines.next()
+		if err == io.EOF || err == nil && !whole {
+			break
+		}
+		if err != nil {
+			return all, err
+		}
+		if count++; count == 1 {
+			first, err := parseBegin(b)
+			if err != nil {
+				return all, fmt.Errorf("line 1 %w; move the file away to begin a new chain", err)
+			}
+			all.chain = first.Chain
+		}
+		last, all.end = all.end, lines.offset
+		switch typeOf(b) {
+		case TypeIntent:
+			if id := idOf(b); len(b) > tailLen {
+				if _, ok := open[id]; !ok {
+					open[id] = len(all.open)
+					all.open = append(all.open, bytes.Clone(bodyOf(b)))
+				}
+			}
+		case TypeOutcome:
+			if id := idOf(b); lineCloses(b) {
+				if at, ok := open[id]; ok {
+					all.open[at] = nil
+					delete(open, id)
+				}
+			}
+		}
+	}
+	all.open = slices.DeleteFunc(all.open, func(b []byte) bool { return b == nil })
+	if count == 0 {
+		return all, errors.New("holds no audit log; move the file away to begin one")
+	}
+	b := make([]byte, all.end-last-1)
+	if _, err := f.ReadAt(b, last); err != nil {
+		return all, err
+	}
+	var err error
+	if all.parsed, err = parseLine(b); err != nil {
+		return all, fmt.Errorf("line %d, the last one, %w; see broker audit verify, and move the file away to begin a new chain", count, err)
+	}
+	return all, nil
+}
+
+// lines reads lines, and of a longer one than the log writes only the beginning.
+type lines struct {
+	r      *bufio.Reader
+	offset int64 // after the line that was given last
+}
+
+func newLines(r io.Reader) *lines { return &lines{r: bufio.NewReaderSize(r, maxLine+1)} }
+
+// next gives a line without its newline, good until the next call; whole reports
+// whether it had one. At the end the error is io.EOF.
+func (l *lines) next() (b []byte, whole bool, err error) {
+	b, err = l.r.ReadSlice('\n')
+	l.offset += int64(len(b))
+	if errors.Is(err, bufio.ErrBufferFull) {
+		b = bytes.Clone(b)
+		for errors.Is(err, bufio.ErrBufferFull) {
+			var more []byte
+			more, err = l.r.ReadSlice('\n')
+			l.offset += int64(len(more))
+		}
+		return b, err == nil, ignoreEOF(err)
+	}
+	if err == nil {
+		return b[:len(b)-1], true, nil
+	}
+	if len(b) > 0 {
+		err = ignoreEOF(err)
+	}
+	return b, false, err
+}
+
+func ignoreEOF(err error) error {
+	if err == io.EOF {
+		return nil
+	}
+	return err
+}

@@ -1,0 +1,371 @@
+package audit
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// ErrUnavailable is every error of a Log at work: the record may not be there, so
+// the call must not be answered.
+var ErrUnavailable = errors.New("the audit log cannot be written")
+
+var (
+	errHanging = errors.New("a write has been hanging for over a second")
+	errFull    = errors.New("too many records are waiting to be written")
+	errDown    = errors.New("the last write failed")
+	errClosed  = errors.New("it is closed")
+)
+
+const (
+	// hangs is how long a write or an fsync may take before new records are
+	// refused at once.
+	hangs = time.Second
+	// maxQueued bounds the bytes that wait, also of callers that gave up.
+	maxQueued = 16 << 20
+	// headEvery is how often the head is logged, in ticks.
+	headEvery = 60
+	tick      = time.Second
+)
+
+// Config configures a Log.
+type Config struct {
+	Path     string                // of the file, or "-" for Out: no fsync, no journal, a chain for each process
+	Out      io.Writer             // where "-" goes; standard output when nil
+	MaxBytes int64                 // a file of this size is followed by a new one; 0: never
+	Keep     int                   // how many NAME.N to keep; 0: all
+	System   System                // in force at Open, for the first line of a new file
+	Logger   *slog.Logger          // nil: nothing is logged
+	Metrics  prometheus.Registerer // nil: none
+	Now      func() time.Time      // nil: time.Now
+
+	wrap func(*os.File) file // set by tests: puts faults between the log and its file
+}
+
+// file is what the log asks of an *os.File.
+type file interface {
+	io.Writer
+	Sync() error
+	Truncate(size int64) error
+	Stat() (os.FileInfo, error)
+	Close() error
+}
+
+// Log is an open audit log. It is safe for concurrent use.
+type Log struct {
+	cfg      Config
+	log      *slog.Logger
+	started  time.Time // durations since then are atomics
+	metrics  *metrics
+	unclosed []Record
+
+	mu      sync.Mutex
+	queue   []*entry
+	queued  int               // bytes of the queue
+	next    chan struct{}     // closed when the queue of now was written, or not
+	kept    []*entry          // written before the queue, and kept until they are
+	torn    []*entry          // the same, and before those: see pieces in write.go
+	open    map[string][]byte // by id: bodies of the intents without outcome
+	syncing []*entry          // written intents that wait for an fsync
+	retired []file            // files before the present one, to be synced and closed
+	file    file              // nil on a stream
+	system  System
+	closed  bool
+	counts  map[countKey]int64
+
+	wake     chan struct{}
+	reopen   chan struct{}
+	syncWake chan struct{} // closed by the writer
+	done     chan struct{}
+	pool     sync.Pool
+
+	writeFrom, syncFrom atomic.Int64 // since started, when one is under way
+	writes, syncs       outage
+
+	writer
+}
+
+// entry is a record on its way.
+type entry struct {
+	kind   Type
+	body   []byte
+	count  *counted      // of a count
+	keep   bool          // it goes to kept when it can't be written
+	own    bool          // no caller waits for it
+	torn   bool          // it is of the writer's torn
+	resume bool          // it ends an outage
+	synced chan struct{} // of an intent with a file: closed when all is known
+	// Under the log's mu:
+	state state
+	gone  bool // the caller has left
+	err   error
+}
+
+type state uint8
+
+const (
+	waiting state = iota
+	taken         // the writer has it
+	finished
+)
+
+// Open opens the log, makes the file if it is missing, and goes on with the chain
+// that it finds. A torn last line is cut off and recorded. The error is one line.
+func Open(cfg Config) (*Log, error) {
+	l := &Log{
+		cfg: cfg, log: cfg.Logger, started: time.Now(), system: cfg.System,
+		open: map[string][]byte{}, counts: map[countKey]int64{},
+		wake: make(chan struct{}, 1), reopen: make(chan struct{}, 1), syncWake: make(chan struct{}, 1), done: make(chan struct{}),
+	}
+	if l.log == nil {
+		l.log = slog.New(slog.DiscardHandler)
+	}
+	if l.cfg.Now == nil {
+		l.cfg.Now = time.Now
+	}
+	if l.cfg.wrap == nil {
+		l.cfg.wrap = func(f *os.File) file { return f }
+	}
+	l.writes = outage{log: l.log, path: cfg.Path, down: "the audit log cannot be written", up: "the audit log is written again"}
+	l.syncs = outage{log: l.log, path: cfg.Path, down: "the audit log cannot be made durable", up: "the audit log is durable again"}
+	l.rotates = outage{log: l.log, path: cfg.Path, down: "the audit log cannot begin a new file and goes on in the present one", up: "the audit log rotates again"}
+	l.pool.New = func() any { return &entry{body: make([]byte, 0, 512)} }
+	if cfg.Path == "-" {
+		l.out = cfg.Out
+		if l.out == nil {
+			l.out = os.Stdout
+		}
+		l.chain = uuid.NewString()
+		l.kept = append(l.kept, l.entry(TypeSystem, l.begin()))
+		l.kept[0].keep, l.kept[0].own = true, true
+		l.poke()
+	} else if err := l.openFile(); err != nil {
+		return nil, fmt.Errorf("audit log %w", err)
+	}
+	l.metrics = newMetrics(l)
+	l.logHead()
+	syncerDone := make(chan struct{})
+	go func() { defer close(syncerDone); l.syncAll() }()
+	go func() {
+		defer close(l.done)
+		l.writeAll()
+		close(l.syncWake)
+		<-syncerDone
+	}()
+	return l, nil
+}
+
+// Unclosed gives the intents that had no outcome when the log was opened. Each
+// stays open until an outcome with its ID is written.
+func (l *Log) Unclosed() []Record { return l.unclosed }
+
+// Write returns when the operating system has the line, so that the end of the
+// process loses nothing. An outcome that can't be written is kept and written
+// first as soon as it can; its intent is open until then.
+func (l *Log) Write(ctx context.Context, r *Record) error {
+	kind := r.Type
+	if kind == "" {
+		kind = TypeCall
+	}
+	e := l.entry(kind, r)
+	return l.put(ctx, e)
+}
+
+// Intend is Write of an intent, and returns when it is on disk. An intent for
+// which it gives an error needs no outcome: the log closes it.
+func (l *Log) Intend(ctx context.Context, r *Record) error {
+	e := l.entry(TypeIntent, r)
+	if l.onFile() {
+		e.synced = make(chan struct{})
+	}
+	return l.put(ctx, e)
+}
+
+// System remembers s for the first line of each new file, and writes a system
+// line with it.
+func (l *Log) System(ctx context.Context, action string, s System) error {
+	l.mu.Lock()
+	l.system = s
+	l.mu.Unlock()
+	return l.Write(ctx, &Record{Type: TypeSystem, Action: action, System: &s})
+}
+
+// Reopen begins a new file if the path does not hold the present one any more.
+// That is found out once a second without it too.
+func (l *Log) Reopen() {
+	select {
+	case l.reopen <- struct{}{}:
+	default:
+	}
+}
+
+// Close writes and syncs what is left. It returns when that is done or ctx ends.
+func (l *Log) Close(ctx context.Context) error {
+	l.mu.Lock()
+	l.closed = true
+	l.mu.Unlock()
+	l.poke()
+	select {
+	case <-l.done:
+		return l.closeErr
+	case <-ctx.Done():
+		return unavailable(context.Cause(ctx))
+	}
+}
+
+func (l *Log) unwritable() bool { return l.writes.is.Load() || l.hanging(&l.writeFrom) }
+
+func (l *Log) onFile() bool { return l.cfg.Path != "-" }
+
+func (l *Log) entry(kind Type, r *Record) *entry {
+	e, _ := l.pool.Get().(*entry)
+	body := appendBody(e.body[:0], kind, r, l.cfg.Now())
+	*e = entry{kind: kind, body: body, keep: kind == TypeOutcome}
+	return e
+}
+
+// put queues an entry and waits for what becomes of it.
+func (l *Log) put(ctx context.Context, e *entry) error {
+	done, err := l.enqueue(e)
+	if err != nil {
+		return err
+	}
+	select {
+	case <-done:
+		if err = e.err; err != nil {
+			return err
+		}
+		l.pool.Put(e)
+		return nil
+	case <-ctx.Done():
+		return l.leave(ctx, e)
+	}
+}
+
+func (l *Log) enqueue(e *entry) (done <-chan struct{}, err error) {
+	l.mu.Lock()
+	if err := l.refusal(e); err != nil {
+		if e.keep && !l.closed {
+			l.kept = l.keepOutcome(l.kept, e)
+		}
+		l.mu.Unlock()
+		l.writes.refused.Add(1)
+		return nil, unavailable(err)
+	}
+	l.queue = append(l.queue, e)
+	l.queued += len(e.body)
+	if done = e.synced; done == nil {
+		if l.next == nil {
+			l.next = make(chan struct{})
+		}
+		done = l.next
+	}
+	l.mu.Unlock()
+	l.poke()
+	return done, nil
+}
+
+// refusal is why an entry isn't even queued. The caller holds mu.
+func (l *Log) refusal(e *entry) error {
+	switch {
+	case l.closed:
+		return errClosed
+	case l.hanging(&l.writeFrom):
+		l.writes.fall(errHanging)
+		return errHanging
+	case e.synced != nil && l.hanging(&l.syncFrom):
+		l.syncs.fall(errHanging)
+		return errHanging
+	case l.queued+len(e.body) > maxQueued:
+		return errFull
+	}
+	return nil
+}
+
+// leave is the way of a caller whose context has ended.
+func (l *Log) leave(ctx context.Context, e *entry) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if e.state == finished {
+		return e.err
+	}
+	e.gone = true
+	return unavailable(context.Cause(ctx))
+}
+
+// keepOutcome adds an outcome that can't be written to those kept, if its intent
+// is open: that bounds them. What the log itself has to say is always kept. The
+// caller holds mu.
+func (l *Log) keepOutcome(kept []*entry, e *entry) []*entry {
+	if _, ok := l.open[idOf(e.body)]; !ok && e.kind == TypeOutcome {
+		return kept
+	}
+	return append(kept, &entry{kind: e.kind, body: e.body, keep: true, own: true}) // e itself is the caller's
+}
+
+// closeIntent has the log itself close an intent that was refused although its
+// line is or may be there. The caller holds mu.
+func (l *Log) closeIntent(e *entry) {
+	r := recordOf(e.body)
+	closing := l.entry(TypeOutcome, &Record{
+		ID: r.ID, Caller: r.Caller, Serial: r.Serial, Peer: r.Peer, Action: r.Action, Key: r.Key, Instance: r.Instance,
+		RequestID: r.RequestID, OperationID: r.OperationID, Code: "Unavailable", Reason: reasonAudit, Commit: commitNotApplied,
+	})
+	closing.own = true
+	l.kept = append(l.kept, closing)
+}
+
+func (l *Log) poke() {
+	select {
+	case l.wake <- struct{}{}:
+	default:
+	}
+}
+
+// hanging reports whether what began at from is taking too long.
+func (l *Log) hanging(from *atomic.Int64) bool {
+	at := from.Load()
+	return at != 0 && time.Since(l.started)-time.Duration(at) > hangs
+}
+
+func unavailable(cause error) error { return fmt.Errorf("%w: %w", ErrUnavailable, cause) }
+
+// outage logs one error at the fall and one line at the return.
+type outage struct {
+	log            *slog.Logger
+	path, down, up string
+	is             atomic.Bool
+	refused        atomic.Int64
+}
+
+func (o *outage) fall(err error) {
+	if o.is.CompareAndSwap(false, true) {
+		o.log.Error(o.down, "path", o.path, "error", err)
+	}
+}
+
+// back gives how many records were refused.
+func (o *outage) back() (refused int64) {
+	if o.is.Load() && o.is.CompareAndSwap(true, false) {
+		refused = o.refused.Swap(0)
+		o.log.Info(o.up, "path", o.path, "refused", refused)
+	}
+	return refused
+}
+
+func (l *Log) logHead() {
+	if l.seq > l.logged {
+		l.logged = l.seq
+		l.log.Info("audit log", "path", l.cfg.Path, "seq", l.seq, "head", hex.EncodeToString(l.head[:]))
+	}
+}
