@@ -41,9 +41,10 @@ var methods = map[string]method{
 // request is looked at), and once the request is parsed, does a rule allow this
 // secret (allow, allowInstance).
 type gate struct {
-	policy *authz.Policy
-	now    func() time.Time
-	log    *slog.Logger
+	policy   *authz.Policy
+	now      func() time.Time
+	log      *slog.Logger
+	accounts *accounts
 }
 
 // identity is who a certificate says that the caller is.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
@@ -121,42 +120,14 @@ func (r *tlsReloader) reload() error {
 	return nil
 }
 
-// handshakes secures connections and knows whose handshake is under way: a gRPC
-// server that stops waits for those, so that one silent connection would hold up
-// a shutdown beyond its bound.
-type handshakes struct {
-	credentials.TransportCredentials
-
-	mu      sync.Mutex
-	pending map[net.Conn]bool
-	ended   bool
-}
-
-func (h *handshakes) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	h.mu.Lock()
-	if h.ended {
-		h.mu.Unlock()
-		return nil, nil, errors.New("the server is shutting down")
-	}
-	h.pending[raw] = true
-	h.mu.Unlock()
-	defer func() {
-		h.mu.Lock()
-		defer h.mu.Unlock()
-		delete(h.pending, raw)
-	}()
-	conn, info, err := h.TransportCredentials.ServerHandshake(raw)
-	if tlsInfo, ok := info.(credentials.TLSInfo); ok {
-		info = newConnection(tlsInfo)
-	}
-	return conn, info, err
-}
-
 // connection is what is known of a client's connection, for all calls on it.
 type connection struct {
 	credentials.TLSInfo
 	caller  identity
 	watches atomic.Int32 // under way
+	peer    net.Addr
+	account *account
+	traffic *traffic
 }
 
 // newConnection reads the certificate that the handshake verified.
@@ -177,15 +148,5 @@ func connectionOf(ctx context.Context) *connection {
 			return c
 		}
 	}
-	return &connection{caller: identity{problem: errNoCertificate}}
-}
-
-// end closes the connections whose handshake is under way, and those to come.
-func (h *handshakes) end() {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.ended = true
-	for raw := range h.pending {
-		_ = raw.Close()
-	}
+	return &connection{caller: identity{problem: errNoCertificate}, account: &account{}, traffic: &traffic{clock: &atomic.Uint32{}}}
 }
