@@ -29,10 +29,10 @@ const (
 type call struct {
 	auditID string
 	write   bool // its errors say whether it happened
-	caller  identity
-	conn    *connection
-	under   *snapshot                    // by which it was admitted
-	watched atomic.Pointer[[]secret.Key] // of a watch, once its request is read
+	*connection
+	under     *snapshot                    // by which it was admitted
+	watched   atomic.Pointer[[]secret.Key] // of a watch, once its request is read
+	overQuota error                        // of a VerifyToken that only a token that matches passes
 }
 
 // An audit id is made for every call, and need not be secret: the random bytes of
@@ -52,7 +52,7 @@ func (c *call) broker() broker.Call {
 // chain is the way of every call, outermost first: metrics, who it is and
 // how long it may take, logging, recovery, decision. A refusal is thereby
 // counted and logged like an answer.
-func chain(metrics *grpcprom.ServerMetrics, log *slog.Logger, g *gate, drained context.Context) []grpc.ServerOption {
+func chain(metrics *grpcprom.ServerMetrics, log *slog.Logger, g *gate, refusals *refusals, drained context.Context) []grpc.ServerOption {
 	recovered := recovery.WithRecoveryHandlerContext(func(ctx context.Context, p any) error {
 		// The type alone: the text of a panic may hold anything.
 		log.ErrorContext(ctx, "panic in a call", "audit_id", callFrom(ctx).auditID, "panic", fmt.Sprintf("%T", p), "stack", string(debug.Stack()))
@@ -67,6 +67,7 @@ func chain(metrics *grpcprom.ServerMetrics, log *slog.Logger, g *gate, drained c
 			decideUnary(g),
 		),
 		grpc.ChainStreamInterceptor(
+			refuseUnknown(refusals),
 			metrics.StreamServerInterceptor(),
 			beginStream(drained),
 			logStream(log),
@@ -76,19 +77,18 @@ func chain(metrics *grpcprom.ServerMetrics, log *slog.Logger, g *gate, drained c
 	}
 }
 
-// begin makes the call that everything else goes by.
+// begin makes the call that everything else goes by: for a unary one before its request
+// is read, for a stream before it is judged.
 func begin(ctx context.Context, method string) (context.Context, *call) {
-	conn := connectionOf(ctx)
-	c := &call{auditID: uuid.NewString(), write: methods[method].write, caller: conn.caller, conn: conn}
+	c := &call{auditID: uuid.NewString(), write: methods[method].write, connection: connectionOf(ctx)}
 	return context.WithValue(ctx, callKey{}, c), c
 }
 
 func beginUnary() grpc.UnaryServerInterceptor {
 	return func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
-		ctx, c := begin(ctx, info.FullMethod)
 		if _, ok := ctx.Deadline(); !ok {
 			timeout := readTimeout
-			if c.write {
+			if callFrom(ctx).write {
 				timeout = writeTimeout
 			}
 			var cancel context.CancelFunc
@@ -152,8 +152,13 @@ func endOf(ctx context.Context, err error) error {
 
 func decideUnary(g *gate) grpc.UnaryServerInterceptor {
 	return func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
-		if err := g.admit(callFrom(ctx), info.FullMethod); err != nil {
+		c := callFrom(ctx)
+		if err := g.enter(c, info.FullMethod, &c.account.calls, g.accounts.calls); err != nil {
 			return nil, g.fail(ctx, err)
+		}
+		defer c.account.calls.Add(-1)
+		if c.write {
+			defer g.accounts.holdWrite(c, req)()
 		}
 		resp, err := handler(ctx, req)
 		if _, ours := methods[info.FullMethod]; err != nil && ours {
@@ -171,9 +176,10 @@ const judgeEvery = 2 * time.Second
 func decideStream(g *gate) grpc.StreamServerInterceptor {
 	return func(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
 		c := callFrom(stream.Context())
-		if err := g.admit(c, info.FullMethod); err != nil {
+		if err := g.enter(c, info.FullMethod, &c.account.streams, g.accounts.streams); err != nil {
 			return g.fail(stream.Context(), err)
 		}
+		defer c.account.streams.Add(-1)
 		ctx, end := context.WithCancelCause(stream.Context())
 		defer end(nil)
 		go func() { end(g.judgeOn(ctx, c, info.FullMethod)) }()

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"cmp"
 	"time"
 
 	"google.golang.org/grpc"
@@ -20,3 +21,19 @@ func (t *Trust) Look() { t.look() }
 
 // Services is all that is registered, which is all that can be called.
 func (s *Server) Services() map[string]grpc.ServiceInfo { return s.grpc.GetServiceInfo() }
+
+// Bounds are what callers may use; those that are 0 are the usual ones.
+type Bounds struct {
+	Handshakes, Connections, CallerConnections int
+	Calls, Streams, Held                       int64
+	Receive                                    time.Duration
+}
+
+// SetBounds is for tests that do not want to use so much.
+func (c *Config) SetBounds(b Bounds) {
+	u := usualBounds
+	c.bounds = u
+	c.bounds.handshakes, c.bounds.connections, c.bounds.callerConnections = cmp.Or(b.Handshakes, u.handshakes), cmp.Or(b.Connections, u.connections), cmp.Or(b.CallerConnections, u.callerConnections)
+	c.bounds.calls, c.bounds.streams, c.bounds.held = cmp.Or(b.Calls, u.calls), cmp.Or(b.Streams, u.streams), cmp.Or(b.Held, u.held)
+	c.bounds.receive = cmp.Or(b.Receive, u.receive)
+}

@@ -41,9 +41,10 @@ var methods = map[string]method{
 // request is looked at), and once the request is parsed, does a rule allow this
 // secret (allow, allowInstance).
 type gate struct {
-	trust *Trust
-	now   func() time.Time
-	log   *slog.Logger
+	trust    *Trust
+	now      func() time.Time
+	log      *slog.Logger
+	accounts *accounts
 }
 
 // identity is who a certificate says that the caller is.
@@ -70,7 +71,7 @@ func (g *gate) admit(c *call, fullMethod string) error {
 // judge is admit under some snapshot. A connection outlives the handshake that checked
 // its certificate by days, so that this asks everything again.
 func (g *gate) judge(c *call, under *snapshot, fullMethod string) error {
-	if why := under.certified(c.conn, g.now()); why != nil {
+	if why := under.certified(c.connection, g.now()); why != nil {
 		return errUnknown(why)
 	}
 	if strings.HasPrefix(fullMethod, "/"+healthpb.Health_ServiceDesc.ServiceName+"/") {

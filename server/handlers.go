@@ -120,6 +120,9 @@ func (s *service) VerifyToken(ctx context.Context, in *secretsv1.VerifyTokenRequ
 	if err != nil {
 		return nil, err
 	}
+	if c := callFrom(ctx); c.overQuota != nil && v.Result == broker.NoMatch {
+		return nil, c.overQuota
+	}
 	return &secretsv1.VerifyTokenResponse{
 		Result:     secretsv1.VerifyResult(v.Result),
 		Generation: v.Generation,

@@ -12,6 +12,7 @@ import (
 
 	grpcprom "github.com/grpc-ecosystem/go-grpc-middleware/providers/prometheus"
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
 	channelz "google.golang.org/grpc/channelz/service"
 	"google.golang.org/grpc/credentials"
@@ -40,6 +41,13 @@ const (
 	pingInterval = time.Minute
 	pingTimeout  = 20 * time.Second
 	minPing      = 10 * time.Second
+	// maxIdle ends connections without streams: one that nothing is allowed on any more
+	// would stay for as long as its client answers pings.
+	maxIdle = 15 * time.Minute
+	// A stream's window is the smallest there is; a connection's holds back nobody whose
+	// calls are far away.
+	streamWindow = 64 << 10
+	connWindow   = 1 << 20
 )
 
 // streamWorkers is how many goroutines are kept for calls, so that their stacks are
@@ -60,17 +68,23 @@ type Config struct {
 	// Now is the wall clock by which certificates expire; nil means time.Now.
 	Now func() time.Time
 
-	handshakeTimeout time.Duration // zero means the constant; tests have less time
+	// CallerRequestsPerSecond is how many requests each caller may make; 0 means any
+	// number.
+	CallerRequestsPerSecond float64
+
+	// Zero means the constants; tests have less time and smaller bounds.
+	handshakeTimeout time.Duration
+	bounds           bounds
 }
 
 // Server serves the broker's RPCs, grpc.health.v1, and to callers with the
 // permission debug reflection and channelz.
 type Server struct {
-	grpc       *grpc.Server
-	health     *health.Server
-	handshakes *handshakes
-	drain      context.CancelFunc
-	drained    context.Context
+	grpc        *grpc.Server
+	health      *health.Server
+	connections *connections
+	drain       context.CancelFunc
+	drained     context.Context
 }
 
 // New makes a Server that does not listen yet.
@@ -81,31 +95,46 @@ func New(cfg Config) (*Server, error) {
 	if cfg.handshakeTimeout == 0 {
 		cfg.handshakeTimeout = handshakeTimeout
 	}
+	if cfg.bounds == (bounds{}) {
+		cfg.bounds = usualBounds
+	}
 	metrics := grpcprom.NewServerMetrics(grpcprom.WithServerHandlingTimeHistogram())
 	if err := cfg.Metrics.Register(metrics); err != nil {
 		return nil, err
 	}
+	refusals, err := newRefusals(cfg.Metrics, cfg.Now, logRefusals(cfg.Logger))
+	if err != nil {
+		return nil, err
+	}
+	accounts := &accounts{bounds: cfg.bounds, perSecond: cfg.CallerRequestsPerSecond, of: map[spiffeid.ID]*account{}}
 	s := &Server{
-		health:     health.NewServer(),
-		handshakes: &handshakes{TransportCredentials: credentials.NewTLS(cfg.Trust.TLS()), trust: cfg.Trust, pending: map[net.Conn]bool{}},
+		health: health.NewServer(),
+		connections: &connections{
+			TransportCredentials: credentials.NewTLS(cfg.Trust.TLS()), trust: cfg.Trust, accounts: accounts, refusals: refusals, open: map[*guarded]bool{},
+		},
 	}
 	s.drained, s.drain = context.WithCancel(context.Background())
-	gate := &gate{trust: cfg.Trust, now: cfg.Now, log: cfg.Logger}
-	s.grpc = grpc.NewServer(append(chain(metrics, cfg.Logger, gate, s.drained),
-		grpc.Creds(s.handshakes),
+	gate := &gate{trust: cfg.Trust, now: cfg.Now, log: cfg.Logger, accounts: accounts}
+	s.grpc = grpc.NewServer(append(chain(metrics, cfg.Logger, gate, refusals, s.drained),
+		grpc.Creds(s.connections),
 		grpc.MaxRecvMsgSize(maxRequestBytes),
 		grpc.MaxHeaderListSize(maxHeaderBytes),
 		grpc.MaxConcurrentStreams(maxStreams),
 		grpc.NumStreamWorkers(streamWorkers),
 		grpc.ConnectionTimeout(cfg.handshakeTimeout),
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingInterval, Timeout: pingTimeout}),
+		grpc.UnknownServiceHandler(func(any, grpc.ServerStream) error { return nil }), // refuseUnknown answers
+		// Static, or gRPC widens them to 16 MiB a stream for a client that sends fast.
+		grpc.StaticStreamWindowSize(streamWindow),
+		grpc.StaticConnWindowSize(connWindow),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingInterval, Timeout: pingTimeout, MaxConnectionIdle: maxIdle}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: minPing, PermitWithoutStream: true}),
 	)...)
-	secretsv1.RegisterSecretsBrokerServiceServer(s.grpc, &service{broker: cfg.Broker, gate: gate})
-	healthpb.RegisterHealthServer(s.grpc, s.health)
+	services := registrar{s.grpc, refusals}
+	secretsv1.RegisterSecretsBrokerServiceServer(services, &service{broker: cfg.Broker, gate: gate})
+	healthpb.RegisterHealthServer(services, s.health)
 	s.health.SetServingStatus(secretsv1.SecretsBrokerService_ServiceDesc.ServiceName, healthpb.HealthCheckResponse_SERVING)
-	reflection.Register(s.grpc) // v1 and v1alpha, which older grpcurls ask for
-	channelz.RegisterChannelzServiceToServer(s.grpc)
+	reflection.Register(services) // v1 and v1alpha, which older grpcurls ask for
+	channelz.RegisterChannelzServiceToServer(services)
 	metrics.InitializeMetrics(s.grpc)
 	return s, nil
 }
@@ -113,6 +142,9 @@ func New(cfg Config) (*Server, error) {
 // Serve answers calls on l until Shutdown; it closes l. The error is nil after a
 // Shutdown.
 func (s *Server) Serve(l net.Listener) error {
+	over := make(chan struct{})
+	defer close(over)
+	go s.connections.watch(over)
 	if err := s.grpc.Serve(l); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
 		return err
 	}
@@ -125,8 +157,9 @@ func (s *Server) Serve(l net.Listener) error {
 func (s *Server) Shutdown(ctx context.Context) {
 	s.health.Shutdown()
 	s.drain()
-	s.handshakes.end()
+	s.connections.end()
 	cut := context.AfterFunc(ctx, s.grpc.Stop)
 	defer cut()
 	s.grpc.GracefulStop()
+	s.connections.refusals.close()
 }

@@ -2,9 +2,7 @@ package server
 
 import (
 	"context"
-	"errors"
 	"net"
-	"sync"
 	"sync/atomic"
 
 	"google.golang.org/grpc/credentials"
@@ -13,44 +11,6 @@ import (
 	"github.com/exto/secrets-broker/server/authz"
 )
 
-// handshakes secures connections and knows whose handshake is under way: a gRPC
-// server that stops waits for those, so that one silent connection would hold up
-// a shutdown beyond its bound.
-type handshakes struct {
-	credentials.TransportCredentials
-	trust *Trust
-
-	mu      sync.Mutex
-	pending map[net.Conn]bool
-	ended   bool
-}
-
-func (h *handshakes) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	h.mu.Lock()
-	if h.ended {
-		h.mu.Unlock()
-		return nil, nil, errors.New("the server is shutting down")
-	}
-	h.pending[raw] = true
-	h.mu.Unlock()
-	defer func() {
-		h.mu.Lock()
-		defer h.mu.Unlock()
-		delete(h.pending, raw)
-	}()
-	before := h.trust.now.Load()
-	conn, info, err := h.TransportCredentials.ServerHandshake(raw)
-	if tlsInfo, ok := info.(credentials.TLSInfo); ok {
-		c := newConnection(tlsInfo)
-		if after := h.trust.now.Load(); after == before {
-			// The handshake verified by this one and no other.
-			c.standing.Store(after.judge(c, c.State.VerifiedChains))
-		}
-		info = c
-	}
-	return conn, info, err
-}
-
 // connection is what is known of a client's connection, for all calls on it.
 type connection struct {
 	credentials.TLSInfo
@@ -58,6 +18,9 @@ type connection struct {
 	serial   string                   // of its certificate, in lower hex
 	standing atomic.Pointer[standing] // as it was last judged
 	watches  atomic.Int32             // under way
+	peer     net.Addr
+	account  *account
+	traffic  *traffic
 }
 
 // newConnection reads the certificate that the handshake verified.
@@ -74,15 +37,5 @@ func connectionOf(ctx context.Context) *connection {
 			return c
 		}
 	}
-	return &connection{caller: identity{problem: errNoCertificate}}
-}
-
-// end closes the connections whose handshake is under way, and those to come.
-func (h *handshakes) end() {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.ended = true
-	for raw := range h.pending {
-		_ = raw.Close()
-	}
+	return &connection{caller: identity{problem: errNoCertificate}, account: &account{}, traffic: &traffic{clock: &atomic.Uint32{}}}
 }

@@ -45,11 +45,12 @@ type serveCommand struct {
 
 // serverSettings are the same for serve and dev.
 type serverSettings struct {
-	MetricsAddress    string        `name:"metrics-address" env:"BROKER_METRICS_ADDRESS" default:"127.0.0.1:9464" help:"Address of /metrics, /healthz and /readyz."`
-	EmbeddedRetention time.Duration `name:"embedded-retention" env:"BROKER_EMBEDDED_RETENTION" default:"2160h" help:"How long the embedded store keeps what was deleted."`
-	CacheTTL          time.Duration `name:"cache-ttl" env:"BROKER_CACHE_TTL" default:"30s" help:"How old an answer may be when the caller names no bound."`
-	StaleOnError      time.Duration `name:"stale-on-error" env:"BROKER_STALE_ON_ERROR" default:"15m" help:"How old it may be when moreover the vault cannot be reached; 0: no older."`
-	ShutdownTimeout   time.Duration `name:"shutdown-timeout" env:"BROKER_SHUTDOWN_TIMEOUT" default:"15s" help:"How long a shutdown waits for the calls under way."`
+	MetricsAddress          string        `name:"metrics-address" env:"BROKER_METRICS_ADDRESS" default:"127.0.0.1:9464" help:"Address of /metrics, /healthz and /readyz."`
+	EmbeddedRetention       time.Duration `name:"embedded-retention" env:"BROKER_EMBEDDED_RETENTION" default:"2160h" help:"How long the embedded store keeps what was deleted."`
+	CacheTTL                time.Duration `name:"cache-ttl" env:"BROKER_CACHE_TTL" default:"30s" help:"How old an answer may be when the caller names no bound."`
+	StaleOnError            time.Duration `name:"stale-on-error" env:"BROKER_STALE_ON_ERROR" default:"15m" help:"How old it may be when moreover the vault cannot be reached; 0: no older."`
+	CallerRequestsPerSecond float64       `name:"caller-requests-per-second" env:"BROKER_CALLER_REQUESTS_PER_SECOND" default:"0" help:"Requests a second that each caller may make; 0: any number."`
+	ShutdownTimeout         time.Duration `name:"shutdown-timeout" env:"BROKER_SHUTDOWN_TIMEOUT" default:"15s" help:"How long a shutdown waits for the calls under way."`
 	logSettings
 }
 
@@ -90,6 +91,9 @@ func (c serveCommand) openTrust(log *slog.Logger, metrics prometheus.Registerer)
 	return trust, err
 }
 
+// maxCallerRequests is more than a broker answers.
+const maxCallerRequests = 1e6
+
 // check names the first setting that is missing or out of range.
 func (c serveCommand) check() error {
 	for _, f := range c.trustFiles() {
@@ -108,6 +112,8 @@ func (c serveCommand) check() error {
 		return errors.New("BROKER_VAULT_READS_PER_SECOND (--vault-reads-per-second) is out of range: set it to 1 to 4000; the default is 320")
 	case c.SecretStoreProvider == "azure-keyvault" && !(c.VaultWritesPerSecond >= 1 && c.VaultWritesPerSecond <= 4000):
 		return errors.New("BROKER_VAULT_WRITES_PER_SECOND (--vault-writes-per-second) is out of range: set it to 1 to 4000; the default is 24")
+	case !(c.CallerRequestsPerSecond >= 0 && c.CallerRequestsPerSecond <= maxCallerRequests):
+		return fmt.Errorf("BROKER_CALLER_REQUESTS_PER_SECOND (--caller-requests-per-second) is out of range: set it to a number up to %d, or to 0 for no limit", int(maxCallerRequests))
 	case c.ListenAddress == "": // which net.Listen takes for any port of all addresses
 		return errors.New("BROKER_LISTEN_ADDRESS (--listen-address) is empty: set it to an address such as :7443")
 	case c.MetricsAddress == "":
@@ -172,7 +178,7 @@ func (c serveCommand) serve(ctx context.Context, s streams, listening func(net.A
 		stale = broker.NoStaleOnError
 	}
 	heart := broker.New(broker.Config{Vault: store, CacheTTL: c.CacheTTL, StaleOnError: stale, Logger: log})
-	face, err := server.New(server.Config{Broker: heart, Trust: trust, Logger: log, Metrics: metrics})
+	face, err := server.New(server.Config{Broker: heart, Trust: trust, Logger: log, Metrics: metrics, CallerRequestsPerSecond: c.CallerRequestsPerSecond})
 	if err != nil {
 		return err
 	}

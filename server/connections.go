@@ -1,0 +1,235 @@
+package server
+
+import (
+	"container/list"
+	"errors"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/grpc/credentials"
+)
+
+var (
+	errShutDown = errors.New("the server is shutting down")
+	errTooMany  = errors.New("too many connections")
+)
+
+// connections secures connections and knows all that are open. A gRPC server that
+// stops waits for handshakes under way, so that one silent connection would hold up
+// a shutdown beyond its bound; and it takes any number of them.
+type connections struct {
+	credentials.TransportCredentials
+	trust    *Trust
+	accounts *accounts
+	refusals *refusals
+	clock    atomic.Uint32 // counts quarters of the time that a request may take
+
+	mu      sync.Mutex
+	pending list.List // of *guarded: no HTTP/2 yet, the oldest first
+	open    map[*guarded]bool
+	ended   bool
+}
+
+// guarded is a connection from its acceptance until it is closed.
+type guarded struct {
+	net.Conn   // secured; nil before
+	raw        net.Conn
+	all        *connections
+	pending    *list.Element // guarded by all.mu, as is released
+	released   bool
+	connection *connection // nil before the handshake is done
+	*traffic
+}
+
+// ServerHandshake is in force up to the client's HTTP/2 preface: pending ends with its
+// first frame.
+func (c *connections) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	g := &guarded{raw: raw, all: c}
+	if err := c.begin(g); err != nil {
+		return nil, nil, err
+	}
+	before := c.trust.now.Load()
+	conn, info, err := c.TransportCredentials.ServerHandshake(raw)
+	if err != nil {
+		if c.release(g) && !c.over() { // else it was shed, and counted then
+			c.refusals.handshake(raw.RemoteAddr(), err)
+		}
+		return nil, nil, err
+	}
+	tlsInfo, ok := info.(credentials.TLSInfo)
+	if !ok {
+		c.release(g)
+		return nil, nil, errors.New("the connection is not secured by TLS")
+	}
+	client := newConnection(tlsInfo)
+	client.peer = raw.RemoteAddr()
+	if after := c.trust.now.Load(); after == before {
+		// The handshake verified by this one and no other.
+		client.standing.Store(after.judge(client, client.State.VerifiedChains))
+	}
+	if client.account = c.accounts.open(client.caller.id); client.account == nil {
+		c.release(g)
+		c.refusals.report(refusalOn(client, whyCallerConnections))
+		_ = conn.Close()
+		return nil, nil, errTooMany
+	}
+	c.mu.Lock()
+	g.Conn, g.connection, g.traffic = conn, client, newTraffic(c, client.account)
+	client.traffic = g.traffic
+	released := g.released
+	c.mu.Unlock()
+	if released { // shed meanwhile
+		c.accounts.close(client.caller.id, client.account)
+		return nil, nil, net.ErrClosed
+	}
+	return g, client, nil
+}
+
+// over reports whether the server is shutting down.
+func (c *connections) over() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.ended
+}
+
+// begin takes a connection in, and sheds another if need be.
+func (c *connections) begin(g *guarded) error {
+	c.mu.Lock()
+	if c.ended {
+		c.mu.Unlock()
+		return errShutDown
+	}
+	if len(c.open)-c.pending.Len() >= c.accounts.connections {
+		c.mu.Unlock()
+		c.refusals.report(transportRefusal{peer: g.raw.RemoteAddr(), why: whyConnections})
+		return errTooMany
+	}
+	var oldest *guarded
+	if c.pending.Len() >= c.accounts.handshakes {
+		oldest = c.pending.Front().Value.(*guarded)
+	}
+	c.open[g] = true
+	g.pending = c.pending.PushBack(g)
+	c.mu.Unlock()
+	if oldest != nil {
+		oldest.shed(whyHandshakes)
+	}
+	return nil
+}
+
+// release ends the account of a connection, and reports whether it had not ended before.
+func (c *connections) release(g *guarded) bool {
+	c.mu.Lock()
+	if g.released {
+		c.mu.Unlock()
+		return false
+	}
+	g.released = true
+	delete(c.open, g)
+	early := g.pending != nil && !c.ended
+	c.settle(g)
+	client, traffic := g.connection, g.traffic
+	c.mu.Unlock()
+	if client != nil {
+		traffic.end()
+		c.accounts.close(client.caller.id, client.account)
+		if early {
+			c.refusals.report(refusalOn(client, whyPreface))
+		}
+	}
+	return true
+}
+
+// settle takes a connection from those that are pending.
+func (c *connections) settle(g *guarded) {
+	if g.pending != nil {
+		c.pending.Remove(g.pending)
+		g.pending = nil
+	}
+}
+
+// established is for a connection that speaks HTTP/2.
+func (c *connections) established(g *guarded) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.settle(g)
+}
+
+// end closes the connections whose handshake is under way, and those to come.
+func (c *connections) end() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.ended = true
+	for e := c.pending.Front(); e != nil; e = e.Next() {
+		_ = e.Value.(*guarded).raw.Close()
+	}
+}
+
+// watch sheds connections on which a request does not come to its end, until done.
+func (c *connections) watch(done <-chan struct{}) {
+	tick := time.NewTicker(c.accounts.receive / quarters)
+	defer tick.Stop()
+	for {
+		select {
+		case <-done:
+			return
+		case <-tick.C:
+		}
+		now := c.clock.Add(1)
+		var late []*guarded
+		c.mu.Lock()
+		for g := range c.open {
+			if g.traffic != nil && g.traffic.late(now) {
+				late = append(late, g)
+			}
+		}
+		c.mu.Unlock()
+		for _, g := range late {
+			g.shed(whyUnfinished)
+		}
+	}
+}
+
+// shed closes a connection for that reason.
+func (g *guarded) shed(why string) {
+	// Not Close, which says goodbye to a client that may not be reading.
+	_ = g.raw.Close()
+	refusal := transportRefusal{peer: g.raw.RemoteAddr(), why: why}
+	g.all.mu.Lock()
+	if g.connection != nil {
+		refusal = refusalOn(g.connection, why)
+	}
+	first := !g.released
+	g.all.settle(g) // what it is shed for is the reason that counts
+	g.all.mu.Unlock()
+	if first && g.all.release(g) {
+		g.all.refusals.report(refusal)
+	}
+}
+
+func (g *guarded) Read(p []byte) (int, error) {
+	begun := g.in.begun
+	n, err := g.Conn.Read(p)
+	if why := g.received(p[:n]); why != "" {
+		g.shed(why)
+		return 0, net.ErrClosed
+	}
+	if g.in.begun && !begun {
+		g.all.established(g)
+	}
+	return n, err
+}
+
+func (g *guarded) Write(p []byte) (int, error) {
+	if why := g.sent(p); why != "" {
+		g.all.refusals.report(refusalOn(g.connection, why))
+	}
+	return g.Conn.Write(p)
+}
+
+func (g *guarded) Close() error {
+	g.all.release(g)
+	return g.Conn.Close()
+}
