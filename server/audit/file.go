@@ -1,8 +1,6 @@
 package audit
 
 import (
-	"bufio"
-	"bytes"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -87,6 +85,7 @@ func (l *Log) resume(f *os.File) error {
 		l.unclosed = append(l.unclosed, recordOf(body))
 	}
 	l.use(l.cfg.wrap(f), found.end)
+	l.unended = found.unended
 	length := info.Size() - found.end
 	if length == 0 {
 		return nil
@@ -225,7 +224,7 @@ func (l *Log) place(size int) error {
 		return l.rotate()
 	}
 	// A file that has only what it began with takes any record.
-	if most := l.cfg.MaxBytes; most > 0 && l.size > l.begun && l.size+int64(size) > most {
+	if most := l.cfg.MaxBytes; most > 0 && l.size > l.begun && !l.unended && l.size+int64(size) > most {
 		if err := l.rotate(); err != nil {
 			l.rotates.fall(err) // the present file will do
 		} else {
@@ -290,110 +289,10 @@ func numbered(path string) (numbers []int, err error) {
 			numbers = append(numbers, n)
 		}
 	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
 	slices.Sort(numbers)
-	return numbers, err
+	return numbers, nil
 }
 
-// found is what a file holds.
-type found struct {
-	parsed        // the last whole line
-	chain  string // of the first line
-	end    int64  // where the last whole line ends
-	open   [][]byte
-}
-
-// scan reads a file of the log. Only the first and the last whole line are
-// checked: audit verify is for the others.
-func scan(f *os.File) (found, error) {
-	var (
-		all   found
-		last  int64
-		count int64
-		open  = map[string]int{}
-		lines = newLines(f)
-	)
-	for {
-		b, whole, err := lines.next()
-		if err == io.EOF || err == nil && !whole {
-			break
-		}
-		if err != nil {
-			return all, err
-		}
-		if count++; count == 1 {
-			first, err := parseBegin(b)
-			if err != nil {
-				return all, fmt.Errorf("line 1 %w; move the file away to begin a new chain", err)
-			}
-			all.chain = first.Chain
-		}
-		last, all.end = all.end, lines.offset
-		switch typeOf(b) {
-		case TypeIntent:
-			if id := idOf(b); len(b) > tailLen {
-				if _, ok := open[id]; !ok {
-					open[id] = len(all.open)
-					all.open = append(all.open, bytes.Clone(bodyOf(b)))
-				}
-			}
-		case TypeOutcome:
-			if id := idOf(b); lineCloses(b) {
-				if at, ok := open[id]; ok {
-					all.open[at] = nil
-					delete(open, id)
-				}
-			}
-		}
-	}
-	all.open = slices.DeleteFunc(all.open, func(b []byte) bool { return b == nil })
-	if count == 0 {
-		return all, errors.New("holds no audit log; move the file away to begin one")
-	}
-	b := make([]byte, all.end-last-1)
-	if _, err := f.ReadAt(b, last); err != nil {
-		return all, err
-	}
-	var err error
-	if all.parsed, err = parseLine(b); err != nil {
-		return all, fmt.Errorf("line %d, the last one, %w; see broker audit verify, and move the file away to begin a new chain", count, err)
-	}
-	return all, nil
-}
-
-// lines reads lines, and of a longer one than the log writes only the beginning.
-type lines struct {
-	r      *bufio.Reader
-	offset int64 // after the line that was given last
-}
-
-func newLines(r io.Reader) *lines { return &lines{r: bufio.NewReaderSize(r, maxLine+1)} }
-
-// next gives a line without its newline, good until the next call; whole reports
-// whether it had one. At the end the error is io.EOF.
-func (l *lines) next() (b []byte, whole bool, err error) {
-	b, err = l.r.ReadSlice('\n')
-	l.offset += int64(len(b))
-	if errors.Is(err, bufio.ErrBufferFull) {
-		b = bytes.Clone(b)
-		for errors.Is(err, bufio.ErrBufferFull) {
-			var more []byte
-			more, err = l.r.ReadSlice('\n')
-			l.offset += int64(len(more))
-		}
-		return b, err == nil, ignoreEOF(err)
-	}
-	if err == nil {
-		return b[:len(b)-1], true, nil
-	}
-	if len(b) > 0 {
-		err = ignoreEOF(err)
-	}
-	return b, false, err
-}
-
-func ignoreEOF(err error) error {
-	if err == io.EOF {
-		return nil
-	}
-	return err
-}

@@ -158,9 +158,14 @@ func Open(cfg Config) (*Log, error) {
 	go func() { defer close(syncerDone); l.syncAll() }()
 	go func() {
 		defer close(l.done)
-		l.writeAll()
+		err := l.writeAll()
 		close(l.syncWake)
 		<-syncerDone
+		l.closeErr = errors.Join(err, l.flush()) // outcomes of intents that did not become durable
+		l.logHead()
+		if l.file != nil {
+			_ = l.file.Close() // it was synced
+		}
 	}()
 	return l, nil
 }
