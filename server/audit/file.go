@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
@@ -19,6 +20,11 @@ import (
 // newMark follows the path in the name of a file that is being begun. It has the
 // path's name only when it is complete, so that whatever is found there is.
 const newMark = ".new"
+
+const (
+	lockTimeout = time.Second
+	lockRetry   = 20 * time.Millisecond
+)
 
 // openFile goes on with the file at the path, or begins one.
 func (l *Log) openFile() error {
@@ -111,6 +117,7 @@ func (l *Log) use(f file, size int64) {
 		l.retired = append(l.retired, l.file)
 	}
 	l.file = f
+	l.made = true // or stopped before the directory was synced
 	l.mu.Unlock()
 	l.out, l.size, l.begun, l.moved, l.unended = f, size, 0, false, false
 	l.fileSize.Store(size)
@@ -202,9 +209,6 @@ func (l *Log) exchange() error {
 	if err := os.Rename(path+newMark, path); err != nil {
 		return err
 	}
-	if err := syncDir(path); err != nil {
-		return err
-	}
 	if keep := l.cfg.Keep; keep > 0 && len(numbers) > keep {
 		for _, n := range numbers[:len(numbers)-keep] {
 			if err := os.Remove(name(path, n)); err != nil {
@@ -247,33 +251,34 @@ func (l *Log) checkPath() {
 	l.moved = err != nil || !os.SameFile(mine, there) || mine.Size() < l.size
 }
 
-// syncFiles syncs the files before the present one, closes them, and syncs that.
-func (l *Log) syncFiles(retired []file, f file) (err error) {
+// syncFiles syncs the files before the present one, closes them, and syncs that;
+// and the directory, if a file was made in it.
+func (l *Log) syncFiles(retired []file, f file, made bool) (err error) {
 	for _, r := range retired {
 		err = errors.Join(err, r.Sync(), r.Close())
 	}
-	return errors.Join(err, f.Sync())
-}
-
-func syncDir(path string) error {
-	dir, err := os.Open(filepath.Dir(path))
+	if err = errors.Join(err, f.Sync()); err != nil || !made {
+		return err
+	}
+	dir, err := os.Open(filepath.Dir(l.cfg.Path))
 	if err != nil {
 		return err
 	}
 	return errors.Join(dir.Sync(), dir.Close())
 }
 
-// lock makes f this process's alone, until it is closed.
+// lock makes f this process's alone, until it is closed. It waits for one that is
+// about to end.
 func lock(f *os.File) error {
-	for {
+	for deadline := time.Now().Add(lockTimeout); ; time.Sleep(lockRetry) {
 		switch err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); {
 		case err == nil:
 			return nil
 		case errors.Is(err, unix.EINTR):
-		case errors.Is(err, unix.EWOULDBLOCK):
-			return fmt.Errorf("%s: is in use by another process", strings.TrimSuffix(f.Name(), newMark))
-		default:
+		case !errors.Is(err, unix.EWOULDBLOCK):
 			return fmt.Errorf("locking %s: %w", f.Name(), err)
+		case time.Now().After(deadline):
+			return fmt.Errorf("%s: is in use by another process", strings.TrimSuffix(f.Name(), newMark))
 		}
 	}
 }
@@ -295,4 +300,3 @@ func numbered(path string) (numbers []int, err error) {
 	slices.Sort(numbers)
 	return numbers, nil
 }
-

@@ -289,14 +289,14 @@ func (l *Log) syncAll() {
 
 func (l *Log) sync() {
 	l.mu.Lock()
-	waiting, retired, f := l.syncing, l.retired, l.file
-	l.syncing, l.retired = nil, nil
+	waiting, retired, f, made := l.syncing, l.retired, l.file, l.made
+	l.syncing, l.retired, l.made = nil, nil, false
 	l.mu.Unlock()
 	if f == nil {
 		return
 	}
 	l.syncFrom.Store(max(1, int64(time.Since(l.started))))
-	err := l.syncFiles(retired, f)
+	err := l.syncFiles(retired, f, made)
 	l.syncFrom.Store(0)
 	l.metrics.fsyncs.Inc()
 	if err != nil {
@@ -308,6 +308,7 @@ func (l *Log) sync() {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.made = l.made || made && err != nil
 	for _, e := range waiting {
 		e.state, e.err = finished, err
 		if err != nil || e.gone {
