@@ -17,7 +17,8 @@ func main() {
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 	// A limit on file sizes has to be an error of the write that meets it, as a
 	// full disk is, and not the end of the process.
-	signal.Ignore(syscall.SIGXFSZ)
+	// So has the end of whoever reads standard output.
+	signal.Ignore(syscall.SIGXFSZ, syscall.SIGPIPE)
 	if err := run(ctx, os.Args[1:], os.Stdout, os.Stderr); err != nil {
 		// One line, whatever was joined into it.
 		fmt.Fprintln(os.Stderr, "broker: "+strings.ReplaceAll(err.Error(), "\n", "; "))

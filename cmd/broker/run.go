@@ -22,6 +22,9 @@ type commands struct {
 	Policy      struct {
 		Check policyCheckCommand `cmd:"" help:"Say whether a policy file is good, or which line is not."`
 	} `cmd:"" help:"Look at policy files."`
+	Audit struct {
+		Verify auditVerifyCommand `cmd:"" help:"Say whether audit logs hold, or which line was changed, dropped, moved or doubled."`
+	} `cmd:"" help:"Look at audit logs."`
 }
 
 // streams are where a command writes: results to out, the log to err.

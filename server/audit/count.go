@@ -16,24 +16,24 @@ const maxCounts = 4096
 // gives ErrUnavailable at once while the log can't be written.
 func (l *Log) Count(r *Record) error {
 	key := countKey{r.Caller, r.Serial, r.Action, r.Decision, r.Code, r.Reason}
+	if err := l.count(key); err != nil {
+		return l.refused(err)
+	}
+	return nil
+}
+
+func (l *Log) count(key countKey) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	var err error
 	switch _, known := l.counts[key]; {
 	case l.closed:
-		err = errClosed
-	case l.writes.is.Load():
-		err = errDown
+		return errClosed
 	case l.hanging(&l.writeFrom):
-		err = errHanging
-		l.writes.fall(err)
+		return errHanging
+	case l.writes.is.Load():
+		return errDown
 	case !known && len(l.counts) >= maxCounts:
-		err = errFull
-		l.poke()
-	}
-	if err != nil {
-		l.writes.refused.Add(1)
-		return unavailable(err)
+		return errFull
 	}
 	l.counts[key]++
 	return nil

@@ -1,8 +1,6 @@
 package audit
 
 import (
-	"bufio"
-	"bytes"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -13,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
@@ -21,6 +20,11 @@ import (
 // newMark follows the path in the name of a file that is being begun. It has the
 // path's name only when it is complete, so that whatever is found there is.
 const newMark = ".new"
+
+const (
+	lockTimeout = time.Second
+	lockRetry   = 20 * time.Millisecond
+)
 
 // openFile goes on with the file at the path, or begins one.
 func (l *Log) openFile() error {
@@ -87,6 +91,7 @@ func (l *Log) resume(f *os.File) error {
 		l.unclosed = append(l.unclosed, recordOf(body))
 	}
 	l.use(l.cfg.wrap(f), found.end)
+	l.unended = found.unended
 	length := info.Size() - found.end
 	if length == 0 {
 		return nil
@@ -112,6 +117,7 @@ func (l *Log) use(f file, size int64) {
 		l.retired = append(l.retired, l.file)
 	}
 	l.file = f
+	l.made = true // or stopped before the directory was synced
 	l.mu.Unlock()
 	l.out, l.size, l.begun, l.moved, l.unended = f, size, 0, false, false
 	l.fileSize.Store(size)
@@ -203,9 +209,6 @@ func (l *Log) exchange() error {
 	if err := os.Rename(path+newMark, path); err != nil {
 		return err
 	}
-	if err := syncDir(path); err != nil {
-		return err
-	}
 	if keep := l.cfg.Keep; keep > 0 && len(numbers) > keep {
 		for _, n := range numbers[:len(numbers)-keep] {
 			if err := os.Remove(name(path, n)); err != nil {
@@ -225,7 +228,7 @@ func (l *Log) place(size int) error {
 		return l.rotate()
 	}
 	// A file that has only what it began with takes any record.
-	if most := l.cfg.MaxBytes; most > 0 && l.size > l.begun && l.size+int64(size) > most {
+	if most := l.cfg.MaxBytes; most > 0 && l.size > l.begun && !l.unended && l.size+int64(size) > most {
 		if err := l.rotate(); err != nil {
 			l.rotates.fall(err) // the present file will do
 		} else {
@@ -248,33 +251,34 @@ func (l *Log) checkPath() {
 	l.moved = err != nil || !os.SameFile(mine, there) || mine.Size() < l.size
 }
 
-// syncFiles syncs the files before the present one, closes them, and syncs that.
-func (l *Log) syncFiles(retired []file, f file) (err error) {
+// syncFiles syncs the files before the present one, closes them, and syncs that;
+// and the directory, if a file was made in it.
+func (l *Log) syncFiles(retired []file, f file, made bool) (err error) {
 	for _, r := range retired {
 		err = errors.Join(err, r.Sync(), r.Close())
 	}
-	return errors.Join(err, f.Sync())
-}
-
-func syncDir(path string) error {
-	dir, err := os.Open(filepath.Dir(path))
+	if err = errors.Join(err, f.Sync()); err != nil || !made {
+		return err
+	}
+	dir, err := os.Open(filepath.Dir(l.cfg.Path))
 	if err != nil {
 		return err
 	}
 	return errors.Join(dir.Sync(), dir.Close())
 }
 
-// lock makes f this process's alone, until it is closed.
+// lock makes f this process's alone, until it is closed. It waits for one that is
+// about to end.
 func lock(f *os.File) error {
-	for {
+	for deadline := time.Now().Add(lockTimeout); ; time.Sleep(lockRetry) {
 		switch err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); {
 		case err == nil:
 			return nil
 		case errors.Is(err, unix.EINTR):
-		case errors.Is(err, unix.EWOULDBLOCK):
-			return fmt.Errorf("%s: is in use by another process", strings.TrimSuffix(f.Name(), newMark))
-		default:
+		case !errors.Is(err, unix.EWOULDBLOCK):
 			return fmt.Errorf("locking %s: %w", f.Name(), err)
+		case time.Now().After(deadline):
+			return fmt.Errorf("%s: is in use by another process", strings.TrimSuffix(f.Name(), newMark))
 		}
 	}
 }
@@ -290,110 +294,9 @@ func numbered(path string) (numbers []int, err error) {
 			numbers = append(numbers, n)
 		}
 	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
 	slices.Sort(numbers)
-	return numbers, err
-}
-
-// found is what a file holds.
-type found struct {
-	parsed        // the last whole line
-	chain  string // of the first line
-	end    int64  // where the last whole line ends
-	open   [][]byte
-}
-
-// scan reads a file of the log. Only the first and the last whole line are
-// checked: audit verify is for the others.
-func scan(f *os.File) (found, error) {
-	var (
-		all   found
-		last  int64
-		count int64
-		open  = map[string]int{}
-		lines = newLines(f)
-	)
-	for {
-		b, whole, err := lines.next()
-		if err == io.EOF || err == nil && !whole {
-			break
-		}
-		if err != nil {
-			return all, err
-		}
-		if count++; count == 1 {
-			first, err := parseBegin(b)
-			if err != nil {
-				return all, fmt.Errorf("line 1 %w; move the file away to begin a new chain", err)
-			}
-			all.chain = first.Chain
-		}
-		last, all.end = all.end, lines.offset
-		switch typeOf(b) {
-		case TypeIntent:
-			if id := idOf(b); len(b) > tailLen {
-				if _, ok := open[id]; !ok {
-					open[id] = len(all.open)
-					all.open = append(all.open, bytes.Clone(bodyOf(b)))
-				}
-			}
-		case TypeOutcome:
-			if id := idOf(b); lineCloses(b) {
-				if at, ok := open[id]; ok {
-					all.open[at] = nil
-					delete(open, id)
-				}
-			}
-		}
-	}
-	all.open = slices.DeleteFunc(all.open, func(b []byte) bool { return b == nil })
-	if count == 0 {
-		return all, errors.New("holds no audit log; move the file away to begin one")
-	}
-	b := make([]byte, all.end-last-1)
-	if _, err := f.ReadAt(b, last); err != nil {
-		return all, err
-	}
-	var err error
-	if all.parsed, err = parseLine(b); err != nil {
-		return all, fmt.Errorf("line %d, the last one, %w; see broker audit verify, and move the file away to begin a new chain", count, err)
-	}
-	return all, nil
-}
-
-// lines reads lines, and of a longer one than the log writes only the beginning.
-type lines struct {
-	r      *bufio.Reader
-	offset int64 // after the line that was given last
-}
-
-func newLines(r io.Reader) *lines { return &lines{r: bufio.NewReaderSize(r, maxLine+1)} }
-
-// next gives a line without its newline, good until the next call; whole reports
-// whether it had one. At the end the error is io.EOF.
-func (l *lines) next() (b []byte, whole bool, err error) {
-	b, err = l.r.ReadSlice('\n')
-	l.offset += int64(len(b))
-	if errors.Is(err, bufio.ErrBufferFull) {
-		b = bytes.Clone(b)
-		for errors.Is(err, bufio.ErrBufferFull) {
-			var more []byte
-			more, err = l.r.ReadSlice('\n')
-			l.offset += int64(len(more))
-		}
-		return b, err == nil, ignoreEOF(err)
-	}
-	if err == nil {
-		return b[:len(b)-1], true, nil
-	}
-	if len(b) > 0 {
-		err = ignoreEOF(err)
-	}
-	return b, false, err
-}
-
-func ignoreEOF(err error) error {
-	if err == io.EOF {
-		return nil
-	}
-	return err
+	return numbers, nil
 }

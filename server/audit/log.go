@@ -22,6 +22,7 @@ var ErrUnavailable = errors.New("the audit log cannot be written")
 
 var (
 	errHanging = errors.New("a write has been hanging for over a second")
+	errSyncing = errors.New("an fsync has been hanging for over a second")
 	errFull    = errors.New("too many records are waiting to be written")
 	errDown    = errors.New("the last write failed")
 	errClosed  = errors.New("it is closed")
@@ -78,6 +79,7 @@ type Log struct {
 	open    map[string][]byte // by id: bodies of the intents without outcome
 	syncing []*entry          // written intents that wait for an fsync
 	retired []file            // files before the present one, to be synced and closed
+	made    bool              // the directory has to be synced too
 	file    file              // nil on a stream
 	system  System
 	closed  bool
@@ -158,9 +160,14 @@ func Open(cfg Config) (*Log, error) {
 	go func() { defer close(syncerDone); l.syncAll() }()
 	go func() {
 		defer close(l.done)
-		l.writeAll()
+		err := l.writeAll()
 		close(l.syncWake)
 		<-syncerDone
+		l.closeErr = errors.Join(err, l.flush()) // outcomes of intents that did not become durable
+		l.logHead()
+		if l.file != nil {
+			_ = l.file.Close() // it was synced
+		}
 	}()
 	return l, nil
 }
@@ -259,8 +266,7 @@ func (l *Log) enqueue(e *entry) (done <-chan struct{}, err error) {
 			l.kept = l.keepOutcome(l.kept, e)
 		}
 		l.mu.Unlock()
-		l.writes.refused.Add(1)
-		return nil, unavailable(err)
+		return nil, l.refused(err)
 	}
 	l.queue = append(l.queue, e)
 	l.queued += len(e.body)
@@ -281,15 +287,27 @@ func (l *Log) refusal(e *entry) error {
 	case l.closed:
 		return errClosed
 	case l.hanging(&l.writeFrom):
-		l.writes.fall(errHanging)
 		return errHanging
 	case e.synced != nil && l.hanging(&l.syncFrom):
-		l.syncs.fall(errHanging)
-		return errHanging
+		return errSyncing
 	case l.queued+len(e.body) > maxQueued:
 		return errFull
 	}
 	return nil
+}
+
+// refused counts a refusal, and logs it if it is the first of its kind.
+func (l *Log) refused(cause error) error {
+	of := &l.writes
+	switch cause {
+	case errHanging:
+		of.fall(cause)
+	case errSyncing:
+		of = &l.syncs
+		of.fall(cause)
+	}
+	of.refused.Add(1)
+	return unavailable(cause)
 }
 
 // leave is the way of a caller whose context has ended.

@@ -46,7 +46,7 @@ type writer struct {
 // writeAll writes whatever waits, until the log is closed. There is no timer
 // between a record and its write: a lone one waits for nobody, and all who come
 // during a write share the next. The tick is for what nobody waits for.
-func (l *Log) writeAll() {
+func (l *Log) writeAll() error {
 	ticker := time.NewTicker(tick)
 	defer ticker.Stop()
 	for {
@@ -71,10 +71,9 @@ func (l *Log) writeAll() {
 			l.takeCounts()
 		}
 		// On a tick too: an outage ends although nobody comes.
-		l.closeErr = l.flush()
+		err := l.flush()
 		if closed {
-			l.logHead()
-			return
+			return err
 		}
 	}
 }
@@ -179,7 +178,7 @@ func (l *Log) writeBatch() (wrote int, piece *entry, err error) {
 		return 0, nil, err
 	}
 	last := first
-	for ; wrote < len(ends) && ends[wrote] <= n; wrote++ {
+	for ; wrote < len(ends) && ends[wrote]-1 <= n; wrote++ { // whole, if without its newline
 		head = sha256.Sum256(b[last : ends[wrote]-1])
 		last = ends[wrote]
 	}
@@ -187,8 +186,8 @@ func (l *Log) writeBatch() (wrote int, piece *entry, err error) {
 		head = l.head
 	}
 	l.advance(l.seq+int64(wrote), head, n)
+	l.unended = n != last
 	if n > last {
-		l.unended = true
 		piece = l.tornEntry(int64(n-last), sha256.Sum256(b[last:n]))
 	}
 	return wrote, piece, err
@@ -286,21 +285,18 @@ func (l *Log) syncAll() {
 		l.sync()
 	}
 	l.sync()
-	if l.file != nil {
-		_ = l.file.Close() // it was synced
-	}
 }
 
 func (l *Log) sync() {
 	l.mu.Lock()
-	waiting, retired, f := l.syncing, l.retired, l.file
-	l.syncing, l.retired = nil, nil
+	waiting, retired, f, made := l.syncing, l.retired, l.file, l.made
+	l.syncing, l.retired, l.made = nil, nil, false
 	l.mu.Unlock()
 	if f == nil {
 		return
 	}
 	l.syncFrom.Store(max(1, int64(time.Since(l.started))))
-	err := l.syncFiles(retired, f)
+	err := l.syncFiles(retired, f, made)
 	l.syncFrom.Store(0)
 	l.metrics.fsyncs.Inc()
 	if err != nil {
@@ -312,6 +308,7 @@ func (l *Log) sync() {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.made = l.made || made && err != nil
 	for _, e := range waiting {
 		e.state, e.err = finished, err
 		if err != nil || e.gone {
