@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"runtime/debug"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -16,6 +17,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/exto/secrets-broker/secret"
+	"github.com/exto/secrets-broker/server/authz"
 	"github.com/exto/secrets-broker/server/broker"
 )
 
@@ -28,11 +30,21 @@ const (
 // call is what is known of a call before anybody judged it.
 type call struct {
 	auditID string
-	write   bool // its errors say whether it happened
+	action  authz.Permission // none for grpc.health.v1
+	ours    bool             // a method of the broker's own service
+	write   bool             // its errors say whether it happened
+	begun   time.Time
 	*connection
-	under     *snapshot                    // by which it was admitted
-	watched   atomic.Pointer[[]secret.Key] // of a watch, once its request is read
-	overQuota error                        // of a VerifyToken that only a token that matches passes
+	// What its record says of it, once that is known.
+	key                secret.Key
+	instance           secret.InstanceID // of a list
+	requestID, version string
+	generation         int64
+	match              bool // of a VerifyToken
+	intended, replayed atomic.Bool
+	under              *snapshot                    // by which it was admitted
+	watched            atomic.Pointer[[]secret.Key] // of a watch, once its request is read
+	overQuota          error                        // of a VerifyToken that only a token that matches passes
 }
 
 // An audit id is made for every call, and need not be secret: the random bytes of
@@ -44,10 +56,8 @@ type callKey struct{}
 // callFrom is the call that ctx belongs to; every handler's context has one.
 func callFrom(ctx context.Context) *call { return ctx.Value(callKey{}).(*call) }
 
-// broker is the call in the words of package broker.
-func (c *call) broker() broker.Call {
-	return broker.Call{Caller: c.caller.id.String(), AuditID: c.auditID}
-}
+// gave notes which version a call was answered with.
+func (c *call) gave(version string, generation int64) { c.version, c.generation = version, generation }
 
 // chain is the way of every call, outermost first: metrics, who it is and
 // how long it may take, logging, recovery, decision. A refusal is thereby
@@ -80,7 +90,12 @@ func chain(metrics *grpcprom.ServerMetrics, log *slog.Logger, g *gate, refusals 
 // begin makes the call that everything else goes by: for a unary one before its request
 // is read, for a stream before it is judged.
 func begin(ctx context.Context, method string) (context.Context, *call) {
-	c := &call{auditID: uuid.NewString(), write: methods[method].write, connection: connectionOf(ctx)}
+	c := &call{auditID: uuid.NewString(), begun: time.Now(), connection: connectionOf(ctx)}
+	m, ours := methods[method]
+	c.action, c.write, c.ours = m.permission, m.write, ours
+	if strings.HasPrefix(method, "/grpc.reflection.") || strings.HasPrefix(method, "/grpc.channelz.") {
+		c.action = authz.Debug
+	}
 	return context.WithValue(ctx, callKey{}, c), c
 }
 
@@ -154,17 +169,26 @@ func decideUnary(g *gate) grpc.UnaryServerInterceptor {
 	return func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 		c := callFrom(ctx)
 		if err := g.enter(c, info.FullMethod, &c.account.calls, g.accounts.calls); err != nil {
-			return nil, g.fail(ctx, err)
+			return nil, g.conclude(ctx, c, err)
 		}
 		defer c.account.calls.Add(-1)
 		if c.write {
 			defer g.accounts.holdWrite(c, req)()
 		}
+		defer g.concludePanic(ctx, c)
 		resp, err := handler(ctx, req)
-		if _, ours := methods[info.FullMethod]; err != nil && ours {
-			return nil, g.fail(ctx, err)
+		if err := g.conclude(ctx, c, err); err != nil {
+			return nil, err
 		}
-		return resp, err // gRPC's own services answer with gRPC's own errors
+		return resp, nil
+	}
+}
+
+// concludePanic records a call that panics; what its caller is told is for the recovery.
+func (g *gate) concludePanic(ctx context.Context, c *call) {
+	if p := recover(); p != nil {
+		_ = g.conclude(ctx, c, &broker.Error{Reason: secret.Defect, Commit: secret.Unknown})
+		panic(p)
 	}
 }
 
@@ -177,17 +201,19 @@ func decideStream(g *gate) grpc.StreamServerInterceptor {
 	return func(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
 		c := callFrom(stream.Context())
 		if err := g.enter(c, info.FullMethod, &c.account.streams, g.accounts.streams); err != nil {
-			return g.fail(stream.Context(), err)
+			return g.conclude(stream.Context(), c, err)
 		}
 		defer c.account.streams.Add(-1)
 		ctx, end := context.WithCancelCause(stream.Context())
 		defer end(nil)
 		go func() { end(g.judgeOn(ctx, c, info.FullMethod)) }()
-		err := handler(srv, &endingStream{middleware.WrappedServerStream{ServerStream: stream, WrappedContext: ctx}})
-		if told := (*broker.Error)(nil); errors.As(err, &told) || errors.As(context.Cause(ctx), &told) {
-			return g.fail(stream.Context(), endOf(ctx, err))
+		if c.action == authz.Debug {
+			if err := g.opened(ctx, c); err != nil {
+				return g.fail(stream.Context(), err)
+			}
 		}
-		return err
+		defer g.concludePanic(stream.Context(), c)
+		return g.conclude(stream.Context(), c, endOf(ctx, handler(srv, &endingStream{middleware.WrappedServerStream{ServerStream: stream, WrappedContext: ctx}})))
 	}
 }
 

@@ -65,6 +65,7 @@ func (c *connections) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthI
 	}
 	client := newConnection(tlsInfo)
 	client.peer = raw.RemoteAddr()
+	client.address = client.peer.String()
 	if after := c.trust.now.Load(); after == before {
 		// The handshake verified by this one and no other.
 		client.standing.Store(after.judge(client, client.State.VerifiedChains))

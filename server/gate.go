@@ -1,7 +1,6 @@
 package server
 
 import (
-	"context"
 	"fmt"
 	"log/slog"
 	"strings"
@@ -12,6 +11,7 @@ import (
 
 	secretsv1 "github.com/exto/secrets-broker/gen/exto/secrets/v1"
 	"github.com/exto/secrets-broker/secret"
+	"github.com/exto/secrets-broker/server/audit"
 	"github.com/exto/secrets-broker/server/authz"
 	"github.com/exto/secrets-broker/server/broker"
 )
@@ -45,6 +45,7 @@ type gate struct {
 	now      func() time.Time
 	log      *slog.Logger
 	accounts *accounts
+	audit    *audit.Log
 }
 
 // identity is who a certificate says that the caller is.
@@ -83,20 +84,16 @@ func (g *gate) judge(c *call, under *snapshot, fullMethod string) error {
 	if !under.policy.Knows(c.caller.id) {
 		return errUnknown(errNoRule)
 	}
-	permission := methods[fullMethod].permission
-	if strings.HasPrefix(fullMethod, "/grpc.reflection.") || strings.HasPrefix(fullMethod, "/grpc.channelz.") {
-		permission = authz.Debug
-	}
-	if permission == "" || !under.policy.Permits(c.caller.id, permission) {
+	if c.action == "" || !under.policy.Permits(c.caller.id, c.action) {
 		return errNotAllowed()
 	}
 	return nil
 }
 
-// allow judges a call of this method for one secret.
-func (g *gate) allow(ctx context.Context, p authz.Permission, key secret.Key) error {
-	c := callFrom(ctx)
-	if !c.under.policy.Allows(c.caller.id, p, key) {
+// allow judges a call for one secret.
+func (g *gate) allow(c *call, key secret.Key) error {
+	c.key = key
+	if !c.under.policy.Allows(c.caller.id, c.action, key) {
 		return errNotAllowed()
 	}
 	return nil
@@ -104,8 +101,7 @@ func (g *gate) allow(ctx context.Context, p authz.Permission, key secret.Key) er
 
 // allowWatch judges a watch of these secrets, now and, by decideStream, as long as it
 // lasts.
-func (g *gate) allowWatch(ctx context.Context, keys []secret.Key) error {
-	c := callFrom(ctx)
+func (g *gate) allowWatch(c *call, keys []secret.Key) error {
 	c.watched.Store(&keys)
 	// By what is in force after that: a change before it was judged without the keys.
 	return g.judgeWatch(c, g.trust.now.Load())
@@ -126,9 +122,9 @@ func (g *gate) judgeWatch(c *call, under *snapshot) error {
 }
 
 // allowInstance judges a call for whatever secrets of one instance.
-func (g *gate) allowInstance(ctx context.Context, p authz.Permission, id secret.InstanceID) error {
-	c := callFrom(ctx)
-	if !c.under.policy.AllowsInstance(c.caller.id, p, id) {
+func (g *gate) allowInstance(c *call, id secret.InstanceID) error {
+	c.instance = id
+	if !c.under.policy.AllowsInstance(c.caller.id, c.action, id) {
 		return errNotAllowed()
 	}
 	return nil
@@ -154,7 +150,6 @@ func errTooManyWatches() error {
 
 // visible gives the judgement of single secrets for a list, in which what is not
 // allowed is left out.
-func (g *gate) visible(ctx context.Context, p authz.Permission) func(secret.Key) bool {
-	c := callFrom(ctx)
-	return func(key secret.Key) bool { return c.under.policy.Allows(c.caller.id, p, key) }
+func (g *gate) visible(c *call) func(secret.Key) bool {
+	return func(key secret.Key) bool { return c.under.policy.Allows(c.caller.id, c.action, key) }
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
@@ -32,6 +33,7 @@ import (
 	"github.com/exto/secrets-broker/internal/pki"
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server"
+	"github.com/exto/secrets-broker/server/audit"
 	"github.com/exto/secrets-broker/server/broker"
 	"github.com/exto/secrets-broker/server/vault"
 	"github.com/exto/secrets-broker/server/vault/embedded"
@@ -130,6 +132,9 @@ type system struct {
 	// heart, unless nil, changes how the broker behind it is made.
 	heart func(*broker.Config)
 	face  *server.Server
+	// auditFile is the audit log of the present broker, which is the generation-th.
+	auditFile  string
+	generation int
 	// hurried, once set, lets the present broker wait for nothing any more, as if
 	// its time were over.
 	hurried *atomic.Bool
@@ -264,8 +269,15 @@ func (s *system) restart() {
 	if s.heart != nil {
 		s.heart(&heartConfig)
 	}
+	s.generation++
+	s.auditFile = filepath.Join(s.dir, fmt.Sprintf("audit-%d.log", s.generation))
+	auditLog, err := audit.Open(audit.Config{Path: s.auditFile, Logger: s.logger(), Metrics: s.metrics, Now: s.clock.Now})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	heartConfig.Repairs = server.Repairs(auditLog)
 	heart := broker.New(heartConfig)
-	cfg := server.Config{Broker: heart, Trust: trust, Logger: s.logger(), Metrics: s.metrics}
+	cfg := server.Config{Broker: heart, Audit: auditLog, Trust: trust, Logger: s.logger(), Metrics: s.metrics}
 	if s.config != nil {
 		s.config(&cfg)
 	}
@@ -292,6 +304,9 @@ func (s *system) restart() {
 		heart.Close(ctx)
 		if err := <-served; err != nil {
 			s.t.Errorf("Serve: %v", err)
+		}
+		if err := auditLog.Close(ctx); err != nil {
+			s.t.Errorf("closing the audit log: %v", err)
 		}
 	})
 	s.t.Cleanup(s.stop)

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"log/slog"
 	"net"
+	"sync"
 	"time"
 
 	grpcprom "github.com/grpc-ecosystem/go-grpc-middleware/providers/prometheus"
@@ -22,6 +23,7 @@ import (
 	"google.golang.org/grpc/reflection"
 
 	secretsv1 "github.com/exto/secrets-broker/gen/exto/secrets/v1"
+	"github.com/exto/secrets-broker/server/audit"
 	"github.com/exto/secrets-broker/server/broker"
 )
 
@@ -57,6 +59,8 @@ const streamWorkers = 64
 // Config is what a Server stands on. All fields are required but Now.
 type Config struct {
 	Broker *broker.Broker
+	// Audit gets a record of each call.
+	Audit *audit.Log
 	// Trust is who may call, and how connections are secured. Its Run has to run as
 	// long as the server.
 	Trust *Trust
@@ -83,11 +87,14 @@ type Server struct {
 	grpc        *grpc.Server
 	health      *health.Server
 	connections *connections
+	open        *openIntents
+	background  sync.WaitGroup // what settles open intents and records refusals
 	drain       context.CancelFunc
 	drained     context.Context
 }
 
-// New makes a Server that does not listen yet.
+// New makes a Server that does not listen yet. What the audit log shows to be half done
+// is not served from now on, and is settled once the Server serves.
 func New(cfg Config) (*Server, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
@@ -102,19 +109,18 @@ func New(cfg Config) (*Server, error) {
 	if err := cfg.Metrics.Register(metrics); err != nil {
 		return nil, err
 	}
-	refusals, err := newRefusals(cfg.Metrics, cfg.Now, logRefusals(cfg.Logger))
+	s := &Server{health: health.NewServer(), open: findOpen(cfg.Audit, cfg.Broker, cfg.Now())}
+	logRefusal, auditRefusal := logRefusals(cfg.Logger), auditRefusals(cfg.Audit, &s.background)
+	refusals, err := newRefusals(cfg.Metrics, cfg.Now, func(r transportRefusal) { logRefusal(r); auditRefusal(r) })
 	if err != nil {
 		return nil, err
 	}
 	accounts := &accounts{bounds: cfg.bounds, perSecond: cfg.CallerRequestsPerSecond, of: map[spiffeid.ID]*account{}}
-	s := &Server{
-		health: health.NewServer(),
-		connections: &connections{
-			TransportCredentials: credentials.NewTLS(cfg.Trust.TLS()), trust: cfg.Trust, accounts: accounts, refusals: refusals, open: map[*guarded]bool{},
-		},
+	s.connections = &connections{
+		TransportCredentials: credentials.NewTLS(cfg.Trust.TLS()), trust: cfg.Trust, accounts: accounts, refusals: refusals, open: map[*guarded]bool{},
 	}
 	s.drained, s.drain = context.WithCancel(context.Background())
-	gate := &gate{trust: cfg.Trust, now: cfg.Now, log: cfg.Logger, accounts: accounts}
+	gate := &gate{trust: cfg.Trust, now: cfg.Now, log: cfg.Logger, accounts: accounts, audit: cfg.Audit}
 	s.grpc = grpc.NewServer(append(chain(metrics, cfg.Logger, gate, refusals, s.drained),
 		grpc.Creds(s.connections),
 		grpc.MaxRecvMsgSize(maxRequestBytes),
@@ -145,6 +151,7 @@ func (s *Server) Serve(l net.Listener) error {
 	over := make(chan struct{})
 	defer close(over)
 	go s.connections.watch(over)
+	s.background.Go(func() { s.open.settle(s.drained) })
 	if err := s.grpc.Serve(l); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
 		return err
 	}
@@ -162,4 +169,5 @@ func (s *Server) Shutdown(ctx context.Context) {
 	defer cut()
 	s.grpc.GracefulStop()
 	s.connections.refusals.close()
+	s.background.Wait()
 }

@@ -43,6 +43,7 @@ var code = map[secret.Reason]codes.Code{
 	secret.VaultThrottled:         codes.Unavailable,
 	secret.VaultRefused:           codes.Unavailable,
 	secret.StalenessUnsatisfiable: codes.Unavailable,
+	secret.AuditUnavailable:       codes.Unavailable,
 	secret.ShuttingDown:           codes.Unavailable,
 	secret.DeadlineExceeded:       codes.DeadlineExceeded,
 	secret.Cancelled:              codes.Canceled,

@@ -19,6 +19,7 @@ type connection struct {
 	standing atomic.Pointer[standing] // as it was last judged
 	watches  atomic.Int32             // under way
 	peer     net.Addr
+	address  string // of peer
 	account  *account
 	traffic  *traffic
 }

@@ -33,6 +33,7 @@ func (c devCommand) Run(ctx context.Context, s streams) error {
 		TLSKeyFile:          in("server-key.pem"),
 		TLSClientCAFile:     in("ca.pem"),
 		PolicyFile:          in("policy.yaml"),
+		AuditFile:           in("audit.log"),
 		DataDir:             devDir,
 		serverSettings:      c.serverSettings,
 	}

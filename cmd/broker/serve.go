@@ -33,6 +33,7 @@ type serveCommand struct {
 	TLSKeyFile          string `name:"tls-key-file" env:"BROKER_TLS_KEY_FILE" placeholder:"FILE" help:"PEM file of its private key. Required."`
 	TLSClientCAFile     string `name:"tls-client-ca-file" env:"BROKER_TLS_CLIENT_CA_FILE" placeholder:"FILE" help:"PEM file of the CA that issues the callers' certificates. Required."`
 	TLSRevokedFile      string `name:"tls-revoked-file" env:"BROKER_TLS_REVOKED_FILE" placeholder:"FILE" help:"What is revoked of the callers' certificates: serial numbers in hex or SPIFFE IDs, one a line. Unset: nothing is."`
+	AuditFile           string `name:"audit-file" env:"BROKER_AUDIT_FILE" default:"-" placeholder:"FILE" help:"The audit log: a file, or - for standard output, which is no journal of unfinished writes."`
 	PolicyFile          string `name:"policy-file" env:"BROKER_POLICY_FILE" placeholder:"FILE" help:"YAML file that says who may call what. Required."`
 	DataDir             string `name:"data-dir" env:"BROKER_DATA_DIR" placeholder:"DIR" help:"Folder of the embedded store. Required by it."`
 	EmbeddedKeyFile     string `name:"embedded-key-file" env:"BROKER_EMBEDDED_KEY_FILE" placeholder:"FILE" help:"Key of the embedded store, made on first start; store.key in its folder by default."`
@@ -50,6 +51,8 @@ type serverSettings struct {
 	CacheTTL                time.Duration `name:"cache-ttl" env:"BROKER_CACHE_TTL" default:"30s" help:"How old an answer may be when the caller names no bound."`
 	StaleOnError            time.Duration `name:"stale-on-error" env:"BROKER_STALE_ON_ERROR" default:"15m" help:"How old it may be when moreover the vault cannot be reached; 0: no older."`
 	CallerRequestsPerSecond float64       `name:"caller-requests-per-second" env:"BROKER_CALLER_REQUESTS_PER_SECOND" default:"0" help:"Requests a second that each caller may make; 0: any number."`
+	AuditMaxBytes           int64         `name:"audit-max-bytes" env:"BROKER_AUDIT_MAX_BYTES" default:"1073741824" help:"At this size the audit log begins a new file; the full one is named FILE.N."`
+	AuditKeep               int           `name:"audit-keep" env:"BROKER_AUDIT_KEEP" default:"0" help:"How many full files of the audit log to keep; 0: all."`
 	ShutdownTimeout         time.Duration `name:"shutdown-timeout" env:"BROKER_SHUTDOWN_TIMEOUT" default:"15s" help:"How long a shutdown waits for the calls under way."`
 	logSettings
 }
@@ -77,8 +80,8 @@ func (c serveCommand) trustFiles() []trustFile {
 }
 
 // openTrust reads the files by which callers are known. The error names the setting.
-func (c serveCommand) openTrust(log *slog.Logger, metrics prometheus.Registerer) (*server.Trust, error) {
-	trust, err := server.OpenTrust(server.TrustConfig{Logger: log, Metrics: metrics, Files: server.Files{
+func (c serveCommand) openTrust(log *slog.Logger, metrics prometheus.Registerer, onChange func(server.Hashes)) (*server.Trust, error) {
+	trust, err := server.OpenTrust(server.TrustConfig{Logger: log, Metrics: metrics, OnChange: onChange, Files: server.Files{
 		Cert: c.TLSCertFile, Key: c.TLSKeyFile, ClientCA: c.TLSClientCAFile, Revoked: c.TLSRevokedFile, Policy: c.PolicyFile,
 	}})
 	if bad := (*server.FileError)(nil); errors.As(err, &bad) {
@@ -90,6 +93,9 @@ func (c serveCommand) openTrust(log *slog.Logger, metrics prometheus.Registerer)
 	}
 	return trust, err
 }
+
+// leastAuditBytes has room for what each file begins with, and for some lines.
+const leastAuditBytes = 4 << 10
 
 // maxCallerRequests is more than a broker answers.
 const maxCallerRequests = 1e6
@@ -114,6 +120,12 @@ func (c serveCommand) check() error {
 		return errors.New("BROKER_VAULT_WRITES_PER_SECOND (--vault-writes-per-second) is out of range: set it to 1 to 4000; the default is 24")
 	case !(c.CallerRequestsPerSecond >= 0 && c.CallerRequestsPerSecond <= maxCallerRequests):
 		return fmt.Errorf("BROKER_CALLER_REQUESTS_PER_SECOND (--caller-requests-per-second) is out of range: set it to a number up to %d, or to 0 for no limit", int(maxCallerRequests))
+	case c.AuditMaxBytes < leastAuditBytes:
+		return fmt.Errorf("BROKER_AUDIT_MAX_BYTES (--audit-max-bytes) is too small: set it to %d or more, such as 1073741824", leastAuditBytes)
+	case c.AuditKeep < 0:
+		return errors.New("BROKER_AUDIT_KEEP (--audit-keep) is negative: set it to the number of full files to keep, or to 0 for all")
+	case c.AuditFile == "":
+		return errors.New("BROKER_AUDIT_FILE (--audit-file) is empty: set it to a file, or to - for standard output")
 	case c.ListenAddress == "": // which net.Listen takes for any port of all addresses
 		return errors.New("BROKER_LISTEN_ADDRESS (--listen-address) is empty: set it to an address such as :7443")
 	case c.MetricsAddress == "":
@@ -150,7 +162,8 @@ func (c serveCommand) serve(ctx context.Context, s streams, listening func(net.A
 	}
 	metrics := prometheus.NewRegistry()
 	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	trust, err := c.openTrust(log, metrics)
+	force := &inForce{log: log}
+	trust, err := c.openTrust(log, metrics, force.changed)
 	if err != nil {
 		return err
 	}
@@ -172,13 +185,23 @@ func (c serveCommand) serve(ctx context.Context, s streams, listening func(net.A
 	defer func() { err = errors.Join(err, store.Close()) }()
 	log.Info("broker starts", buildAttrs()...)
 	logStore(log, store.Info())
+	auditLog, err := c.openAudit(force, s.out, log, metrics)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		// It outlives the calls, whose records it takes; and it says itself what is amiss.
+		bound, cancel := context.WithTimeout(context.WithoutCancel(ctx), auditTimeout)
+		defer cancel()
+		_ = auditLog.Close(bound)
+	}()
 
 	stale := c.StaleOnError
 	if stale == 0 {
 		stale = broker.NoStaleOnError
 	}
-	heart := broker.New(broker.Config{Vault: store, CacheTTL: c.CacheTTL, StaleOnError: stale, Logger: log})
-	face, err := server.New(server.Config{Broker: heart, Trust: trust, Logger: log, Metrics: metrics, CallerRequestsPerSecond: c.CallerRequestsPerSecond})
+	heart := broker.New(broker.Config{Vault: store, CacheTTL: c.CacheTTL, StaleOnError: stale, Logger: log, Repairs: server.Repairs(auditLog)})
+	face, err := server.New(server.Config{Broker: heart, Audit: auditLog, Trust: trust, Logger: log, Metrics: metrics, CallerRequestsPerSecond: c.CallerRequestsPerSecond})
 	if err != nil {
 		return err
 	}
@@ -188,6 +211,7 @@ func (c serveCommand) serve(ctx context.Context, s streams, listening func(net.A
 	group, groupCtx := errgroup.WithContext(ctx)
 	group.Go(func() error { return face.Serve(grpcListener) })
 	group.Go(func() error { trust.Run(groupCtx); return nil })
+	group.Go(func() error { reopenOnHangup(groupCtx, auditLog); return nil })
 	group.Go(func() error { return ops.serve(opsListener) })
 	group.Go(func() error {
 		<-groupCtx.Done() // a signal, or one of the two failed

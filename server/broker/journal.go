@@ -92,12 +92,15 @@ const recordTimeout = 5 * time.Second
 // as long as nothing was sent, its end ends the write.
 func (op *operation) effect(ctx context.Context) error {
 	if op.phase.Load() == started {
-		ctx = context.WithoutCancel(ctx)
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), recordTimeout)
+		defer cancel()
 	}
 	if i := op.found; !op.settles && (op.intended == nil || *op.intended != i) {
-		ctx, cancel := context.WithTimeout(ctx, carryOn)
-		defer cancel()
 		if err := op.Journal.Intend(ctx, i); err != nil {
+			if ctx.Err() != nil {
+				return ctx.Err() // it was not waited for
+			}
 			return errUnrecorded(op.key, err)
 		}
 		op.intended = &i

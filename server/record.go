@@ -1,0 +1,265 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+	rpccode "google.golang.org/genproto/googleapis/rpc/code"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/exto/secrets-broker/secret"
+	"github.com/exto/secrets-broker/server/audit"
+	"github.com/exto/secrets-broker/server/authz"
+	"github.com/exto/secrets-broker/server/broker"
+)
+
+const (
+	allowed = "allowed"
+	refused = "refused"
+
+	// lastWord is how long a record is waited for when its caller is gone.
+	lastWord = time.Second
+	// noMatch is the reason in the record of a wrong token, whose code is OK.
+	noMatch = "NO_MATCH"
+)
+
+// record is the line of a call, as far as the call is known.
+func (c *call) record() audit.Record {
+	r := audit.Record{
+		ID: c.auditID, Serial: c.serial, Peer: c.address, Action: string(c.action), Decision: allowed,
+		Key: c.key.String(), Instance: c.instance.String(), RequestID: c.requestID,
+		Version: c.version, Generation: c.generation, Replayed: c.replayed.Load(), Duration: time.Since(c.begun),
+	}
+	if c.caller.problem == nil {
+		r.Caller = c.caller.id.String()
+	}
+	if keys := c.watched.Load(); keys != nil {
+		for _, key := range *keys {
+			r.Keys = append(r.Keys, key.String())
+		}
+	}
+	return r
+}
+
+// describe says in a record how a call ended.
+func describe(r *audit.Record, err error) {
+	told := (*broker.Error)(nil)
+	if err == nil {
+		r.Code = "OK"
+		return
+	}
+	if !errors.As(err, &told) {
+		r.Code = codeName(status.Code(err)) // gRPC's own services
+		return
+	}
+	r.Code, r.Reason, r.Commit = codeName(code[told.Reason]), string(told.Reason), string(told.Commit)
+	switch told.Reason {
+	case secret.CallerUnknown:
+		r.Decision = refused
+		if why := errors.Unwrap(told); why != nil {
+			r.Detail = why.Error() // one of our own constants
+		}
+	case secret.CallerNotAllowed, secret.CallerQuotaExceeded:
+		r.Decision = refused
+	}
+}
+
+func codeName(c codes.Code) string { return rpccode.Code(c).String() }
+
+// conclude records a call that was decided and has come to its end, refused ones and
+// allowed ones alike, and gives what its caller is told: err, or that it cannot be
+// recorded. A write that began has an intent and an outcome instead.
+func (g *gate) conclude(ctx context.Context, c *call, err error) error {
+	if !c.intended.Load() && (c.action != "" || err != nil) {
+		if unrecorded := g.write(ctx, c, err); unrecorded != nil {
+			err = errUnrecorded(ctx, c, err, unrecorded)
+		}
+	}
+	if told := (*broker.Error)(nil); err != nil && (errors.As(err, &told) || c.ours) {
+		return g.fail(ctx, err)
+	}
+	return err // gRPC's own services answer with gRPC's own errors
+}
+
+// errUnrecorded is told instead of err, which may be nil, when a call cannot be recorded.
+func errUnrecorded(ctx context.Context, c *call, err, why error) error {
+	e := &broker.Error{Reason: secret.AuditUnavailable, Message: "the broker cannot write its audit log, and answers nothing unrecorded; try again, and see its operator"}
+	switch {
+	case errors.Is(ctx.Err(), context.DeadlineExceeded):
+		e = &broker.Error{Reason: secret.DeadlineExceeded, Message: "the call's deadline passed before the broker had recorded it; give it more time"}
+	case ctx.Err() != nil:
+		e = &broker.Error{Reason: secret.Cancelled, Message: "the caller ended the call"}
+	}
+	e.Key = c.key
+	if told := (*broker.Error)(nil); errors.As(err, &told) {
+		e.Commit = told.Commit
+	} else if c.replayed.Load() {
+		e.Commit = secret.Applied
+	}
+	return e.Because(why)
+}
+
+func (g *gate) write(ctx context.Context, c *call, err error) error {
+	r := c.record()
+	if c.ours && err != nil && !errors.As(err, new(*broker.Error)) {
+		err = &broker.Error{Reason: secret.Defect}
+	}
+	describe(&r, err)
+	if c.write && r.Commit == "" && err != nil {
+		r.Commit = string(secret.NotApplied)
+	}
+	switch {
+	case r.Reason == string(secret.CallerQuotaExceeded), err == nil && c.match:
+		return g.audit.Count(&r)
+	case err == nil && c.action == authz.Verify:
+		r.Reason = noMatch
+	}
+	if ctx.Err() != nil {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), lastWord)
+		defer cancel()
+	}
+	return g.audit.Write(ctx, &r)
+}
+
+// opened records a stream before its first answer leaves.
+func (g *gate) opened(ctx context.Context, c *call) error {
+	if err := g.write(ctx, c, nil); err != nil {
+		return errUnrecorded(ctx, c, nil, err)
+	}
+	return nil
+}
+
+// onBehalf is a call in the words of package broker. What it writes goes into the
+// journal.
+func (g *gate) onBehalf(c *call) broker.Call {
+	b := broker.Call{Caller: c.caller.id.String(), AuditID: c.auditID}
+	if c.write {
+		b.Journal = &journal{g.audit, c}
+	}
+	return b
+}
+
+// journal is the broker.Journal of one call.
+type journal struct {
+	log  *audit.Log
+	call *call
+}
+
+func (j *journal) Intend(ctx context.Context, i broker.Intent) error {
+	j.call.intended.Store(true)
+	r := j.call.record()
+	r.Action, r.OperationID, r.Version, r.Deleted = string(i.Action), i.OperationID, i.Version, i.Deleted
+	r.Key = i.Key.String()
+	return j.log.Intend(ctx, &r)
+}
+
+func (j *journal) Ended(ctx context.Context, o broker.Outcome) error {
+	r := j.call.record()
+	r.Type, r.Version, r.Generation = audit.TypeOutcome, o.Version, o.Generation
+	r.Commit = string(secret.Applied)
+	describe(&r, o.Err)
+	return j.log.Write(ctx, &r)
+}
+
+func (j *journal) Settled(ctx context.Context, applied bool) {
+	r := j.call.record()
+	settle(ctx, j.log, r, applied)
+}
+
+func (j *journal) Replayed() { j.call.replayed.Store(true) }
+
+// settle closes an intent of which is known at last what became of it.
+func settle(ctx context.Context, log *audit.Log, r audit.Record, applied bool) {
+	r.Type, r.Settled, r.Commit = audit.TypeOutcome, "not applied", string(secret.NotApplied)
+	if applied {
+		r.Settled, r.Commit = "applied", string(secret.Applied)
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), lastWord)
+	defer cancel()
+	_ = log.Write(ctx, &r) // which keeps it until it can be written
+}
+
+// Repairs makes the calls for a broker.Config, on whose behalf the broker repairs what
+// came late: they have no caller, and their writes are in log like all others.
+func Repairs(log *audit.Log) func() broker.Call {
+	return func() broker.Call {
+		c := &call{auditID: uuid.NewString(), write: true, connection: &connection{caller: identity{problem: errNoCertificate}}, begun: time.Now()}
+		return broker.Call{AuditID: c.auditID, Journal: &journal{log, c}}
+	}
+}
+
+// openIntents are the writes that an earlier process did not bring to their end.
+type openIntents struct {
+	log     *audit.Log
+	broker  *broker.Broker
+	records []audit.Record
+	intents []broker.Intent
+}
+
+// findOpen keeps what they may have left half done from being read.
+func findOpen(log *audit.Log, b *broker.Broker, now time.Time) *openIntents {
+	o := &openIntents{log: log, broker: b}
+	for _, r := range log.Unclosed() {
+		i := broker.Intent{Action: broker.Action(r.Action), OperationID: r.OperationID, Version: r.Version, Deleted: r.Deleted}
+		var err error
+		if i.Key, err = secret.ParseKey(r.Key); err != nil {
+			continue // of a release that knows more
+		}
+		b.Hide(i, now)
+		o.records, o.intents = append(o.records, r), append(o.intents, i)
+	}
+	return o
+}
+
+// mostSettling is how many open intents are settled at once: they share the vault's
+// budget with the calls.
+const mostSettling = 8
+
+// settle finds out what became of them, until ctx ends.
+func (o *openIntents) settle(ctx context.Context) {
+	var group sync.WaitGroup
+	defer group.Wait()
+	places := make(chan struct{}, mostSettling)
+	for n, i := range o.intents {
+		select {
+		case places <- struct{}{}:
+		case <-ctx.Done():
+			return
+		}
+		group.Go(func() {
+			defer func() { <-places }()
+			r := o.records[n]
+			applied, err := o.broker.Settle(ctx, broker.Call{Caller: r.Caller, AuditID: r.ID}, i)
+			if err == nil {
+				r.Version = ""
+				settle(ctx, o.log, r, applied)
+			}
+		})
+	}
+}
+
+// auditRefusals records what was refused before a handler saw it. It does not wait for
+// the log: whoever reports holds up a connection.
+func auditRefusals(log *audit.Log, under *sync.WaitGroup) func(transportRefusal) {
+	return func(r transportRefusal) {
+		line := audit.Record{Type: audit.TypeCall, ID: uuid.NewString(), Decision: refused, Count: int64(r.rest)}
+		if r.rest > 0 {
+			line.Type, line.Detail = audit.TypeCount, "further connections and calls that TLS or gRPC refused"
+		} else {
+			line.Caller, line.Serial, line.Peer, line.Code, line.Detail = r.caller, r.serial, r.peer.String(), codeName(r.code), "refused before a handler: "+r.why
+			if r.offered {
+				line.Caller, line.Detail = "", line.Detail+", of a certificate that nobody vouches for"
+			}
+		}
+		under.Go(func() {
+			ctx, cancel := context.WithTimeout(context.Background(), lastWord)
+			defer cancel()
+			_ = log.Write(ctx, &line) // the log says so itself
+		})
+	}
+}
