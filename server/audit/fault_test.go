@@ -242,6 +242,44 @@ func TestLeavingCaller(t *testing.T) {
 	wantClosed(t, path, "i")
 }
 
+// TestLeavingTheQueue: who leaves before its record is being written leaves no trace.
+func TestLeavingTheQueue(t *testing.T) {
+	t.Parallel()
+	path, ctx := filepath.Join(t.TempDir(), "audit.log"), callContext(t)
+	began, goOn := make(chan struct{}), make(chan struct{})
+	cfg := audit.Config{Path: path}
+	l := open(t, cfg.Wrap(func(f *os.File) audit.File {
+		return &faulty{File: f, write: func(b []byte) (int, error) {
+			if strings.Contains(string(b), "slow") {
+				began <- struct{}{}
+				<-goOn
+			}
+			return all(b)
+		}}
+	}))
+	ok(t, l.Intend(ctx, intent("i")))
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if err := l.Write(ctx, call("slow")); err != nil {
+			t.Error(err)
+		}
+	})
+	<-began
+	ended, cancel := context.WithCancel(ctx)
+	cancel()
+	for _, err := range []error{l.Intend(ended, intent("left")), l.Write(ended, call("left")), l.Write(ended, outcome("i", "APPLIED", ""))} {
+		if !errors.Is(err, audit.ErrUnavailable) || !errors.Is(err, context.Canceled) {
+			t.Errorf("got %v, want ErrUnavailable because it was cancelled", err)
+		}
+	}
+	close(goOn)
+	wg.Wait()
+	shut(t, l)
+	if c := holds(t, path); c.Lines != 4 || len(c.Open) != 0 {
+		t.Errorf("got %+v, want begin, intent, call and outcome: that is never lost", c)
+	}
+}
+
 // TestHangingSink: callers wait until their deadline; when it has been hanging for
 // a second, new ones don't wait.
 func TestHangingSink(t *testing.T) {

@@ -238,7 +238,7 @@ func bodyOf(b []byte) []byte {
 	return b[bytes.Index(b, []byte(timeStart)) : len(b)-tailLen]
 }
 
-// head is the beginning of a line, in which its type and id stand.
+// typeOf is the type of a line or a body; empty when it has none that is known.
 func typeOf(b []byte) Type {
 	rest := b[:min(len(b), 128)]
 	at := bytes.Index(rest, []byte(typeStart))
@@ -272,7 +272,7 @@ func idOf(b []byte) string {
 	return ""
 }
 
-// lineCloses is closes for a line. Quotes inside strings are escaped, so that no
+// lineCloses reports whether an outcome ends its intent. Quotes inside strings are escaped, so that no
 // string can pretend to be a field.
 func lineCloses(b []byte) bool {
 	return !bytes.Contains(b, []byte(`,"commit":"`+commitUnknown+`"`)) || bytes.Contains(b, []byte(`,"settled":"`))

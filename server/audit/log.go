@@ -75,7 +75,6 @@ type Log struct {
 	queued  int               // bytes of the queue
 	next    chan struct{}     // closed when the queue of now was written, or not
 	kept    []*entry          // written before the queue, and kept until they are
-	torn    []*entry          // the same, and before those: see pieces in write.go
 	open    map[string][]byte // by id: bodies of the intents without outcome
 	syncing []*entry          // written intents that wait for an fsync
 	retired []file            // files before the present one, to be synced and closed

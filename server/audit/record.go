@@ -59,9 +59,6 @@ type Record struct {
 	SHA256      string        `json:"sha256"`
 }
 
-// closes reports whether an outcome ends its intent.
-func (r *Record) closes() bool { return r.Commit != commitUnknown || r.Settled != "" }
-
 // System is what was in force: the build, and of each file the SHA-256 in hex.
 type System struct {
 	Build       string `json:"build"`
