@@ -14,6 +14,7 @@ import (
 	middleware "github.com/grpc-ecosystem/go-grpc-middleware/v2"
 	"github.com/grpc-ecosystem/go-grpc-middleware/v2/interceptors/recovery"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/status"
 
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server/broker"
@@ -138,7 +139,7 @@ func (s *endingStream) orEnd(f func() error) error {
 	case err := <-done:
 		return err
 	case <-s.Context().Done():
-		return endOf(s.Context(), s.Context().Err())
+		return endOf(s.Context(), status.FromContextError(s.Context().Err()).Err())
 	}
 }
 
