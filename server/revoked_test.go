@@ -1,7 +1,9 @@
 package server_test
 
 import (
+	"context"
 	"crypto/rand"
+	"crypto/tls"
 	"crypto/x509"
 	"fmt"
 	"net/url"
@@ -257,6 +259,34 @@ func TestEverythingBetweenCertificateAndCA(t *testing.T) {
 	}
 }
 
+// TestClientCAChangesDuringAHandshake, which then ends by the one before.
+func TestClientCAChangesDuringAHandshake(t *testing.T) {
+	t.Parallel()
+	s := newSystem(t)
+	ca, err := pki.NewCA("other CA", time.Now(), 24*time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.trust = func(c *server.TrustConfig) {
+		quiet(c)
+		c.Files.ClientCA = s.write("ca.pem", append(s.ca.CertPEM(), ca.CertPEM()...))
+	}
+	s.startEmbedded()
+	pair, err := ca.Issue(template(consoleAPI), time.Now(), time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := s.clientTLS()
+	cfg.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+		s.replace("ca.pem", s.ca.CertPEM())
+		s.look()
+		cert := pair.TLS()
+		return &cert, nil
+	}
+	_, err = secretsv1.NewSecretsBrokerServiceClient(s.dial(cfg)).ListSecrets(callContext(t), &secretsv1.ListSecretsRequest{})
+	wantReason(t, err, secret.CallerUnknown, "")
+}
+
 // TestPolicyChangesUnderWatches: a watch of which one secret is no longer allowed
 // ends, and all others go on.
 func TestPolicyChangesUnderWatches(t *testing.T) {
@@ -282,13 +312,26 @@ func TestPolicyChangesUnderWatches(t *testing.T) {
 		return w
 	}
 	one, two, both := begin("one"), begin("two"), begin("two", "one")
+	conn := s.dial(s.clientTLS(s.certificate("spiffe://console.exto/team")))
+	silent, err := conn.NewStream(callContext(t), &grpc.StreamDesc{ServerStreams: true}, secretsv1.SecretsBrokerService_WatchSecrets_FullMethodName)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := healthpb.NewHealthClient(conn).Check(callContext(t), &healthpb.HealthCheckRequest{}); err != nil {
+		t.Fatal(err)
+	}
 	s.replace("policy.yaml", []byte(policy+rule("watch, get", "one")))
 	s.look()
 	two.wantEnd(codes.PermissionDenied, secret.CallerNotAllowed)
 	both.wantEnd(codes.PermissionDenied, secret.CallerNotAllowed)
 	s.in(t, "one", "absent").put(1)
 	one.want("PUT ACTIVE/1")
-	_, err := c.GetSecret(callContext(t), &secretsv1.GetSecretRequest{Ref: ref("two", uriKind)})
+	// One whose request came after the change, but that began before.
+	if err := silent.SendMsg(&secretsv1.WatchSecretsRequest{Refs: []*secretsv1.SecretRef{ref("two", uriKind)}}); err != nil {
+		t.Fatal(err)
+	}
+	wantReason(t, silent.RecvMsg(&secretsv1.WatchSecretsResponse{}), secret.CallerNotAllowed, "")
+	_, err = c.GetSecret(callContext(t), &secretsv1.GetSecretRequest{Ref: ref("two", uriKind)})
 	wantReason(t, err, secret.CallerNotAllowed, "")
 	watch(t, c, ref("two", uriKind)).wantEnd(codes.PermissionDenied, secret.CallerNotAllowed)
 
@@ -312,9 +355,11 @@ func TestRevokedWhoDoesNotRead(t *testing.T) {
 	}
 	withoutOperator, _, _ := strings.Cut(policy, "  - identity: spiffe://console.exto/operator")
 	s.replace("policy.yaml", []byte(withoutOperator))
+	ctx, cancel := context.WithTimeout(context.Background(), promised)
+	defer cancel()
 	for !ended() {
-		if w.Context().Err() != nil {
-			t.Fatal("the watch goes on")
+		if ctx.Err() != nil {
+			t.Fatalf("the watch goes on after %v", promised)
 		}
 		filler.c = s.as(consoleAPI)
 		filler.put(1) // something to send
