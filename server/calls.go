@@ -15,6 +15,7 @@ import (
 	middleware "github.com/grpc-ecosystem/go-grpc-middleware/v2"
 	"github.com/grpc-ecosystem/go-grpc-middleware/v2/interceptors/recovery"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/status"
 
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server/authz"
@@ -153,7 +154,7 @@ func (s *endingStream) orEnd(f func() error) error {
 	case err := <-done:
 		return err
 	case <-s.Context().Done():
-		return endOf(s.Context(), s.Context().Err())
+		return endOf(s.Context(), status.FromContextError(s.Context().Err()).Err())
 	}
 }
 

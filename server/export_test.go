@@ -2,9 +2,11 @@ package server
 
 import (
 	"cmp"
+	"crypto/tls"
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
 )
 
 // HandshakeTimeout is how long a connection may take for its handshake.
@@ -18,6 +20,15 @@ func (c *TrustConfig) SetReadEvery(d time.Duration) { c.readEvery = d }
 
 // Look reads the files again now.
 func (t *Trust) Look() { t.look() }
+
+// Admitting gives what judges calls of a method on one connection.
+func Admitting(t *Trust, state tls.ConnectionState, method string) func() error {
+	conn := newConnection(credentials.TLSInfo{State: state})
+	m := methods[method]
+	c := &call{action: m.permission, connection: conn}
+	g := &gate{trust: t, now: time.Now}
+	return func() error { return g.admit(c, method) }
+}
 
 // Services is all that is registered, which is all that can be called.
 func (s *Server) Services() map[string]grpc.ServiceInfo { return s.grpc.GetServiceInfo() }

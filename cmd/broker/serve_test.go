@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"io"
 	"net"
 	"net/http"
@@ -9,6 +10,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	secretsv1 "github.com/exto/secrets-broker/gen/exto/secrets/v1"
 )
@@ -78,6 +80,7 @@ func TestStartEndsWithOneLine(t *testing.T) {
 	}
 	other := t.TempDir()
 	devIn(t, other).kill()
+	in := func(name string) string { return filepath.Join(dir, devDir, name) }
 	otherKey := must2(os.ReadFile(filepath.Join(other, devDir, "store.key")))(t)
 
 	for name, test := range map[string]struct {
@@ -96,9 +99,14 @@ func TestStartEndsWithOneLine(t *testing.T) {
 		"no client CA":          {changes: []string{"BROKER_TLS_CLIENT_CA_FILE", ""}, want: "BROKER_TLS_CLIENT_CA_FILE"},
 		"no policy":             {changes: []string{"BROKER_POLICY_FILE", ""}, want: "BROKER_POLICY_FILE"},
 		"no data folder":        {changes: []string{"BROKER_DATA_DIR", ""}, want: "BROKER_DATA_DIR"},
-		"absent certificate":    {changes: []string{"BROKER_TLS_CERT_FILE", "/absent.pem"}, want: "/absent.pem"},
-		"a CA that is no PEM":   {changes: []string{"BROKER_TLS_CLIENT_CA_FILE", bad}, want: bad},
-		"bad policy":            {changes: []string{"BROKER_POLICY_FILE", bad}, want: "line 4"},
+		"absent certificate":    {changes: []string{"BROKER_TLS_CERT_FILE", "/absent.pem"}, want: "BROKER_TLS_CERT_FILE (--tls-cert-file): stat /absent.pem"},
+		"absent key":            {changes: []string{"BROKER_TLS_KEY_FILE", "/absent.pem"}, want: "BROKER_TLS_KEY_FILE (--tls-key-file): stat /absent.pem"},
+		"a cert that is none":   {changes: []string{"BROKER_TLS_CERT_FILE", bad}, want: "BROKER_TLS_CERT_FILE (--tls-cert-file): " + bad},
+		"another's key":         {changes: []string{"BROKER_TLS_KEY_FILE", in("worker-key.pem")}, want: "BROKER_TLS_KEY_FILE (--tls-key-file): " + in("worker-key.pem")},
+		"a CA that is no PEM":   {changes: []string{"BROKER_TLS_CLIENT_CA_FILE", bad}, want: "BROKER_TLS_CLIENT_CA_FILE (--tls-client-ca-file): " + bad},
+		"bad policy":            {changes: []string{"BROKER_POLICY_FILE", bad}, want: "BROKER_POLICY_FILE (--policy-file): " + bad + ": line 4"},
+		"absent revoked file":   {changes: []string{"BROKER_TLS_REVOKED_FILE", "/absent"}, want: "BROKER_TLS_REVOKED_FILE (--tls-revoked-file): stat /absent"},
+		"bad revoked file":      {changes: []string{"BROKER_TLS_REVOKED_FILE", bad}, want: "BROKER_TLS_REVOKED_FILE (--tls-revoked-file): " + bad + ": line 1"},
 		"port taken":            {changes: []string{"BROKER_LISTEN_ADDRESS", running.addr, "SECRET_STORE_PROVIDER", "noop"}, want: "BROKER_LISTEN_ADDRESS"},
 		"metrics port taken":    {changes: []string{"BROKER_METRICS_ADDRESS", running.metrics, "SECRET_STORE_PROVIDER", "noop"}, want: "BROKER_METRICS_ADDRESS"},
 		"store in use":          {want: "in use by another process"},
@@ -122,6 +130,9 @@ func TestStartEndsWithOneLine(t *testing.T) {
 			}
 			if !strings.Contains(lines[0], test.want) {
 				t.Errorf("got %q, want it to name %s", lines[0], test.want)
+			}
+			if variable := strings.SplitN(test.want, " ", 2)[0]; strings.HasPrefix(variable, "BROKER_TLS_") && strings.Count(lines[0], "BROKER_") != 1 {
+				t.Errorf("got %q, want it to name %s and no other setting", lines[0], variable)
 			}
 		})
 	}
@@ -183,6 +194,52 @@ func TestServe(t *testing.T) {
 	}
 	if p.out.String() != "" {
 		t.Errorf("got standard output %q, want none", p.out)
+	}
+}
+
+// TestServeFollowsItsFiles: what is revoked while the broker runs is so within 5 s, and
+// the metrics tell that it was taken.
+func TestServeFollowsItsFiles(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	devIn(t, dir).kill()
+	revoked := filepath.Join(dir, "revoked")
+	if err := os.WriteFile(revoked, []byte("# nothing yet\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p := launch(t, dir, environ(settings(dir), "BROKER_TLS_REVOKED_FILE", revoked), binary, "serve")
+	p.listen()
+	c, other, ctx := p.as("worker"), p.as("console-api"), callContext(t)
+	list := func(c secretsv1.SecretsBrokerServiceClient) error {
+		_, err := c.ListSecrets(ctx, &secretsv1.ListSecretsRequest{})
+		return err
+	}
+	if err := list(c); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(revoked, []byte("spiffe://console.exto/worker # left\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	promised, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	for list(c) == nil {
+		if promised.Err() != nil {
+			t.Fatal("it is not revoked within 5 s")
+		}
+	}
+	if reason, _ := told(list(c)); reason != "CALLER_UNKNOWN" {
+		t.Errorf("got %q, want CALLER_UNKNOWN", reason)
+	}
+	if err := list(other); err != nil {
+		t.Errorf("another caller: %v", err)
+	}
+	resp := must2(http.Get("http://" + p.metrics + "/metrics"))(t)
+	defer func() { _ = resp.Body.Close() }()
+	metrics := string(must2(io.ReadAll(resp.Body))(t))
+	for _, want := range []string{`secrets_broker_config_file_ok{file="client_ca"} 1`, `secrets_broker_config_file_reloads_total{file="revoked"} 1`, `secrets_broker_config_file_reloads_total{file="policy"} 0`} {
+		if !strings.Contains(metrics, want) {
+			t.Errorf("the metrics have no %s", want)
+		}
 	}
 }
 
