@@ -188,17 +188,17 @@ func (c *connections) watch(done <-chan struct{}) {
 
 // shed closes a connection for that reason.
 func (g *guarded) shed(why string) {
-	// Not Close, which says goodbye to a client that may not be reading.
-	_ = g.raw.Close()
 	refusal := transportRefusal{peer: g.raw.RemoteAddr(), why: why}
 	g.all.mu.Lock()
 	if g.connection != nil {
 		refusal = refusalOn(g.connection, why)
 	}
-	first := !g.released
-	g.all.settle(g) // what it is shed for is the reason that counts
+	g.all.settle(g) // this is the reason that counts, not that there was no HTTP/2 yet
 	g.all.mu.Unlock()
-	if first && g.all.release(g) {
+	first := g.all.release(g)
+	// Not Close, which says goodbye to a client that may not be reading.
+	_ = g.raw.Close()
+	if first {
 		g.all.refusals.report(refusal)
 	}
 }

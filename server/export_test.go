@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
 )
 
@@ -30,4 +31,29 @@ func (c *Config) SetBounds(b Bounds) {
 	c.bounds.handshakes, c.bounds.connections, c.bounds.callerConnections = cmp.Or(b.Handshakes, u.handshakes), cmp.Or(b.Connections, u.connections), cmp.Or(b.CallerConnections, u.callerConnections)
 	c.bounds.calls, c.bounds.streams, c.bounds.held = cmp.Or(b.Calls, u.calls), cmp.Or(b.Streams, u.streams), cmp.Or(b.Held, u.held)
 	c.bounds.receive = cmp.Or(b.Receive, u.receive)
+}
+
+// Usage is what one identity uses of the server; all 0 when nothing is known of it.
+type Usage struct {
+	Connections          int
+	Calls, Streams, Held int64
+}
+
+// Usage is for tests that wait until something arrived.
+func (s *Server) Usage(id string) (u Usage) {
+	a := s.connections.accounts
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if acc := a.of[spiffeid.RequireFromString(id)]; acc != nil {
+		u = Usage{acc.connections, acc.calls.Load(), acc.streams.Load(), acc.held.Load()}
+	}
+	return u
+}
+
+// Accounts is how many identities something is known of.
+func (s *Server) Accounts() int {
+	a := s.connections.accounts
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return len(a.of)
 }

@@ -71,6 +71,7 @@ type account struct {
 type accounts struct {
 	bounds
 	perSecond float64 // requests of one identity; 0: no limit
+	now       func() time.Time
 	held      atomic.Int64
 
 	mu sync.Mutex
@@ -111,7 +112,7 @@ func (a *accounts) forget(id spiffeid.ID, acc *account) {
 	if acc.connections > 0 {
 		return
 	}
-	full := acc.requests == nil || acc.requests.Tokens() >= float64(acc.requests.Burst())
+	full := acc.requests == nil || acc.requests.TokensAt(a.now()) >= float64(acc.requests.Burst())
 	if full && acc.calls.Load() == 0 && acc.streams.Load() == 0 {
 		if a.of[id] == acc {
 			delete(a.of, id)

@@ -108,7 +108,7 @@ func New(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	accounts := &accounts{bounds: cfg.bounds, perSecond: cfg.CallerRequestsPerSecond, of: map[spiffeid.ID]*account{}}
+	accounts := &accounts{bounds: cfg.bounds, perSecond: cfg.CallerRequestsPerSecond, now: cfg.Now, of: map[spiffeid.ID]*account{}}
 	s := &Server{
 		health: health.NewServer(),
 		connections: &connections{
