@@ -40,6 +40,10 @@ type guarded struct {
 	released   bool
 	connection *connection // nil before the handshake is done
 	*traffic
+	// reading is so while somebody waits for what the client sends, and for good after
+	// an error: a Close otherwise is because of what it sent.
+	reading atomic.Bool
+	left    atomic.Bool // the end was announced
 }
 
 // ServerHandshake is in force up to the client's HTTP/2 preface: pending ends with its
@@ -130,6 +134,7 @@ func (c *connections) release(g *guarded) bool {
 		traffic.end()
 		c.accounts.close(client.caller.id, client.account)
 		if early {
+			g.left.Store(true) // all is said by this
 			c.refusals.report(refusalOn(client, whyPreface))
 		}
 	}
@@ -205,6 +210,7 @@ func (g *guarded) shed(why string) {
 
 func (g *guarded) Read(p []byte) (int, error) {
 	begun := g.in.begun
+	g.reading.Store(true)
 	n, err := g.Conn.Read(p)
 	if why := g.received(p[:n]); why != "" {
 		g.shed(why)
@@ -213,17 +219,27 @@ func (g *guarded) Read(p []byte) (int, error) {
 	if g.in.begun && !begun {
 		g.all.established(g)
 	}
+	if err == nil {
+		g.reading.Store(false)
+	}
 	return n, err
 }
 
 func (g *guarded) Write(p []byte) (int, error) {
-	if why := g.sent(p); why != "" {
+	why, left := g.sent(p)
+	if why != "" {
 		g.all.refusals.report(refusalOn(g.connection, why))
+	}
+	if left {
+		g.left.Store(true)
 	}
 	return g.Conn.Write(p)
 }
 
+// Close is gRPC's, which says nothing to a client whose frames are none.
 func (g *guarded) Close() error {
-	g.all.release(g)
+	if g.all.release(g) && !g.reading.Load() && !g.left.Load() && !g.all.over() {
+		g.all.refusals.report(refusalOn(g.connection, whyProtocol))
+	}
 	return g.Conn.Close()
 }

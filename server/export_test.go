@@ -14,6 +14,11 @@ const HandshakeTimeout = handshakeTimeout
 // SetHandshakeTimeout is for tests that have less time than that.
 func (c *Config) SetHandshakeTimeout(d time.Duration) { c.handshakeTimeout = d }
 
+// SetPings is for those that have less time for clients that are gone.
+func (c *Config) SetPings(interval, timeout time.Duration) {
+	c.pingInterval, c.pingTimeout = interval, timeout
+}
+
 // Services is all that is registered, which is all that can be called.
 func (s *Server) Services() map[string]grpc.ServiceInfo { return s.grpc.GetServiceInfo() }
 
@@ -22,6 +27,7 @@ type Bounds struct {
 	Handshakes, Connections, CallerConnections int
 	Calls, Streams, Held                       int64
 	Receive                                    time.Duration
+	IdleFrames                                 int // and as good as none later
 }
 
 // SetBounds is for tests that do not want to use so much.
@@ -31,6 +37,9 @@ func (c *Config) SetBounds(b Bounds) {
 	c.bounds.handshakes, c.bounds.connections, c.bounds.callerConnections = cmp.Or(b.Handshakes, u.handshakes), cmp.Or(b.Connections, u.connections), cmp.Or(b.CallerConnections, u.callerConnections)
 	c.bounds.calls, c.bounds.streams, c.bounds.held = cmp.Or(b.Calls, u.calls), cmp.Or(b.Streams, u.streams), cmp.Or(b.Held, u.held)
 	c.bounds.receive = cmp.Or(b.Receive, u.receive)
+	if b.IdleFrames > 0 {
+		c.bounds.idleFrames, c.bounds.idleFramesPerSecond = b.IdleFrames, 1
+	}
 }
 
 // Usage is what one identity uses of the server; all 0 when nothing is known of it.

@@ -40,6 +40,11 @@ type bounds struct {
 	heldByAll, heldAnyway int64
 	// receive is how long a request may be on its way, from its headers to its end.
 	receive time.Duration
+	// idleFrames are those that make the server work and no call go on: streams that
+	// are reset, settings, priorities, continued headers, what is unknown. A connection
+	// may break off all its calls several times over, and then as many a second as it
+	// may have.
+	idleFrames, idleFramesPerSecond int
 }
 
 var usualBounds = bounds{
@@ -52,6 +57,8 @@ var usualBounds = bounds{
 	heldByAll:         256 << 20,
 	heldAnyway:        1 << 20,
 	receive:           30 * time.Second,
+
+	idleFrames: 4 * maxStreams, idleFramesPerSecond: maxStreams,
 }
 
 // busyRetry is what a caller waits for that has too much under way: nobody knows
