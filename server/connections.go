@@ -41,6 +41,10 @@ type guarded struct {
 	released   bool
 	connection *connection // nil before the handshake is done
 	*traffic
+	// reading is so while somebody waits for what the client sends, and for good after
+	// an error: a Close otherwise is because of what it sent.
+	reading atomic.Bool
+	left    atomic.Bool // the end was announced
 }
 
 // ServerHandshake is in force up to the client's HTTP/2 preface: pending ends with its
@@ -137,6 +141,7 @@ func (c *connections) release(g *guarded) bool {
 		traffic.end()
 		c.accounts.close(client.caller.id, client.account)
 		if early {
+			g.left.Store(true) // all is said by this
 			c.refusals.report(refusalOn(client, whyPreface))
 		}
 	}
@@ -195,23 +200,24 @@ func (c *connections) watch(done <-chan struct{}) {
 
 // shed closes a connection for that reason.
 func (g *guarded) shed(why string) {
-	// Not Close, which says goodbye to a client that may not be reading.
-	_ = g.raw.Close()
 	refusal := transportRefusal{peer: g.raw.RemoteAddr(), why: why}
 	g.all.mu.Lock()
 	if g.connection != nil {
 		refusal = refusalOn(g.connection, why)
 	}
-	first := !g.released
-	g.all.settle(g) // what it is shed for is the reason that counts
+	g.all.settle(g) // this is the reason that counts, not that there was no HTTP/2 yet
 	g.all.mu.Unlock()
-	if first && g.all.release(g) {
+	first := g.all.release(g)
+	// Not Close, which says goodbye to a client that may not be reading.
+	_ = g.raw.Close()
+	if first {
 		g.all.refusals.report(refusal)
 	}
 }
 
 func (g *guarded) Read(p []byte) (int, error) {
 	begun := g.in.begun
+	g.reading.Store(true)
 	n, err := g.Conn.Read(p)
 	if why := g.received(p[:n]); why != "" {
 		g.shed(why)
@@ -220,17 +226,27 @@ func (g *guarded) Read(p []byte) (int, error) {
 	if g.in.begun && !begun {
 		g.all.established(g)
 	}
+	if err == nil {
+		g.reading.Store(false)
+	}
 	return n, err
 }
 
 func (g *guarded) Write(p []byte) (int, error) {
-	if why := g.sent(p); why != "" {
+	why, left := g.sent(p)
+	if why != "" {
 		g.all.refusals.report(refusalOn(g.connection, why))
+	}
+	if left {
+		g.left.Store(true)
 	}
 	return g.Conn.Write(p)
 }
 
+// Close is gRPC's, which says nothing to a client whose frames are none.
 func (g *guarded) Close() error {
-	g.all.release(g)
+	if g.all.release(g) && !g.reading.Load() && !g.left.Load() && !g.all.over() {
+		g.all.refusals.report(refusalOn(g.connection, whyProtocol))
+	}
 	return g.Conn.Close()
 }

@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 )
@@ -30,6 +31,11 @@ func Admitting(t *Trust, state tls.ConnectionState, method string) func() error 
 	return func() error { return g.admit(c, method) }
 }
 
+// SetPings is for those that have less time for clients that are gone.
+func (c *Config) SetPings(interval, timeout time.Duration) {
+	c.pingInterval, c.pingTimeout = interval, timeout
+}
+
 // Services is all that is registered, which is all that can be called.
 func (s *Server) Services() map[string]grpc.ServiceInfo { return s.grpc.GetServiceInfo() }
 
@@ -38,6 +44,7 @@ type Bounds struct {
 	Handshakes, Connections, CallerConnections int
 	Calls, Streams, Held                       int64
 	Receive                                    time.Duration
+	IdleFrames                                 int // and as good as none later
 }
 
 // SetBounds is for tests that do not want to use so much.
@@ -47,4 +54,32 @@ func (c *Config) SetBounds(b Bounds) {
 	c.bounds.handshakes, c.bounds.connections, c.bounds.callerConnections = cmp.Or(b.Handshakes, u.handshakes), cmp.Or(b.Connections, u.connections), cmp.Or(b.CallerConnections, u.callerConnections)
 	c.bounds.calls, c.bounds.streams, c.bounds.held = cmp.Or(b.Calls, u.calls), cmp.Or(b.Streams, u.streams), cmp.Or(b.Held, u.held)
 	c.bounds.receive = cmp.Or(b.Receive, u.receive)
+	if b.IdleFrames > 0 {
+		c.bounds.idleFrames, c.bounds.idleFramesPerSecond = b.IdleFrames, 1
+	}
+}
+
+// Usage is what one identity uses of the server; all 0 when nothing is known of it.
+type Usage struct {
+	Connections          int
+	Calls, Streams, Held int64
+}
+
+// Usage is for tests that wait until something arrived.
+func (s *Server) Usage(id string) (u Usage) {
+	a := s.connections.accounts
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if acc := a.of[spiffeid.RequireFromString(id)]; acc != nil {
+		u = Usage{acc.connections, acc.calls.Load(), acc.streams.Load(), acc.held.Load()}
+	}
+	return u
+}
+
+// Accounts is how many identities something is known of.
+func (s *Server) Accounts() int {
+	a := s.connections.accounts
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return len(a.of)
 }

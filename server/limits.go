@@ -40,6 +40,11 @@ type bounds struct {
 	heldByAll, heldAnyway int64
 	// receive is how long a request may be on its way, from its headers to its end.
 	receive time.Duration
+	// idleFrames are those that make the server work and no call go on: streams that
+	// are reset, settings, priorities, continued headers, what is unknown. A connection
+	// may break off all its calls several times over, and then as many a second as it
+	// may have.
+	idleFrames, idleFramesPerSecond int
 }
 
 var usualBounds = bounds{
@@ -52,6 +57,8 @@ var usualBounds = bounds{
 	heldByAll:         256 << 20,
 	heldAnyway:        1 << 20,
 	receive:           30 * time.Second,
+
+	idleFrames: 4 * maxStreams, idleFramesPerSecond: maxStreams,
 }
 
 // busyRetry is what a caller waits for that has too much under way: nobody knows
@@ -71,6 +78,7 @@ type account struct {
 type accounts struct {
 	bounds
 	perSecond float64 // requests of one identity; 0: no limit
+	now       func() time.Time
 	held      atomic.Int64
 
 	mu sync.Mutex
@@ -111,7 +119,7 @@ func (a *accounts) forget(id spiffeid.ID, acc *account) {
 	if acc.connections > 0 {
 		return
 	}
-	full := acc.requests == nil || acc.requests.Tokens() >= float64(acc.requests.Burst())
+	full := acc.requests == nil || acc.requests.TokensAt(a.now()) >= float64(acc.requests.Burst())
 	if full && acc.calls.Load() == 0 && acc.streams.Load() == 0 {
 		if a.of[id] == acc {
 			delete(a.of, id)

@@ -4,6 +4,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"log/slog"
@@ -77,8 +78,8 @@ type Config struct {
 	CallerRequestsPerSecond float64
 
 	// Zero means the constants; tests have less time and smaller bounds.
-	handshakeTimeout time.Duration
-	bounds           bounds
+	handshakeTimeout, pingInterval, pingTimeout time.Duration
+	bounds                                      bounds
 }
 
 // Server serves the broker's RPCs, grpc.health.v1, and to callers with the
@@ -99,12 +100,9 @@ func New(cfg Config) (*Server, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
-	if cfg.handshakeTimeout == 0 {
-		cfg.handshakeTimeout = handshakeTimeout
-	}
-	if cfg.bounds == (bounds{}) {
-		cfg.bounds = usualBounds
-	}
+	cfg.handshakeTimeout = cmp.Or(cfg.handshakeTimeout, handshakeTimeout)
+	cfg.pingInterval, cfg.pingTimeout = cmp.Or(cfg.pingInterval, pingInterval), cmp.Or(cfg.pingTimeout, pingTimeout)
+	cfg.bounds = cmp.Or(cfg.bounds, usualBounds)
 	metrics := grpcprom.NewServerMetrics(grpcprom.WithServerHandlingTimeHistogram())
 	if err := cfg.Metrics.Register(metrics); err != nil {
 		return nil, err
@@ -115,7 +113,7 @@ func New(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	accounts := &accounts{bounds: cfg.bounds, perSecond: cfg.CallerRequestsPerSecond, of: map[spiffeid.ID]*account{}}
+	accounts := &accounts{bounds: cfg.bounds, perSecond: cfg.CallerRequestsPerSecond, now: cfg.Now, of: map[spiffeid.ID]*account{}}
 	s.connections = &connections{
 		TransportCredentials: credentials.NewTLS(cfg.Trust.TLS()), trust: cfg.Trust, accounts: accounts, refusals: refusals, open: map[*guarded]bool{},
 	}
@@ -132,7 +130,7 @@ func New(cfg Config) (*Server, error) {
 		// Static, or gRPC widens them to 16 MiB a stream for a client that sends fast.
 		grpc.StaticStreamWindowSize(streamWindow),
 		grpc.StaticConnWindowSize(connWindow),
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingInterval, Timeout: pingTimeout, MaxConnectionIdle: maxIdle}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: cfg.pingInterval, Timeout: cfg.pingTimeout, MaxConnectionIdle: maxIdle}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: minPing, PermitWithoutStream: true}),
 	)...)
 	services := registrar{s.grpc, refusals}

@@ -10,13 +10,8 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// Frames that make the server work and no call go on: streams that are reset,
-// settings, priorities, continued headers, what is unknown. A client may break off all
-// its calls several times over, and then as many a second as it may have.
-const (
-	idleFrames          = 4 * maxStreams
-	idleFramesPerSecond = maxStreams
-)
+// maxFrame is the longest frame that gRPC takes.
+const maxFrame = 16 << 10
 
 // frameCost is what a frame of an unfinished request costs beside its payload.
 const frameCost = 64
@@ -54,7 +49,7 @@ type part struct {
 
 func newTraffic(all *connections, acc *account) *traffic {
 	t := &traffic{accounts: all.accounts, account: acc, clock: &all.clock, unfinished: map[uint32]part{},
-		idle: rate.NewLimiter(idleFramesPerSecond, idleFrames)}
+		idle: rate.NewLimiter(rate.Limit(all.accounts.idleFramesPerSecond), all.accounts.idleFrames)}
 	t.in.skip = len(http2.ClientPreface)
 	t.out.codes = true
 	return t
@@ -87,6 +82,9 @@ func (t *traffic) late(now uint32) bool {
 // it is.
 func (t *traffic) received(p []byte) (why string) {
 	for p, ok := t.in.next(p); ok; p, ok = t.in.next(p) {
+		if t.in.length() > maxFrame {
+			return whyProtocol
+		}
 		stream := t.in.stream()
 		switch t.in.kind() {
 		case http2.FrameHeaders, http2.FrameWindowUpdate, http2.FramePing: // gRPC bounds them itself
@@ -108,11 +106,13 @@ func (t *traffic) received(p []byte) (why string) {
 	return ""
 }
 
-// sent follows what gRPC sends, and says what it refused by it, if anything.
-func (t *traffic) sent(p []byte) (why string) {
+// sent follows what gRPC sends, and says what it refused by it, if anything, and
+// whether it announced the connection's end.
+func (t *traffic) sent(p []byte) (why string, left bool) {
 	for p, ok := t.out.next(p); ok; p, ok = t.out.next(p) {
-		code := t.out.code()
-		switch kind := t.out.kind(); {
+		kind, code := t.out.kind(), t.out.code()
+		left = left || kind == http2.FrameGoAway
+		switch {
 		case kind == http2.FrameRSTStream && code == http2.ErrCodeFrameSize:
 			why = whyHeaders
 		case kind == http2.FrameRSTStream && code == http2.ErrCodeRefusedStream:
@@ -123,7 +123,7 @@ func (t *traffic) sent(p []byte) (why string) {
 			why = whyProtocol
 		}
 	}
-	return why
+	return why, left
 }
 
 func (t *traffic) hold(stream uint32, n int64) bool {

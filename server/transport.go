@@ -206,10 +206,10 @@ func (r *refusals) request(c *connection, method string, err error) {
 	refusal := refusalOn(c, whyDecode)
 	refusal.method, refusal.code = method, status.Code(err)
 	switch refusal.code {
+	case codes.Canceled, codes.DeadlineExceeded:
+		return // the client's own doing
 	case codes.ResourceExhausted:
 		refusal.why = whyTooLarge
-	case codes.Canceled, codes.DeadlineExceeded, codes.Unavailable:
-		refusal.why = whyUnfinished
 	}
 	r.report(refusal)
 }
