@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/fips140"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -233,6 +234,9 @@ func buildAttrs() []any {
 		return nil
 	}
 	attrs := []any{"version", info.Main.Version, "go", info.GoVersion}
+	if fips140.Enabled() {
+		attrs = append(attrs, "fips140", true)
+	}
 	for _, s := range info.Settings {
 		if s.Key == "vcs.revision" {
 			attrs = append(attrs, "revision", s.Value)
