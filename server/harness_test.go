@@ -107,7 +107,7 @@ func (l *logBuffer) String() string {
 // system is a vault with a broker before it, on a real listener with real
 // certificates.
 type system struct {
-	t      *testing.T
+	t      testing.TB
 	dir    string
 	clock  *clock
 	ca     pki.Pair
@@ -199,7 +199,7 @@ func onEachVault(t *testing.T, test func(t *testing.T, start func(*testing.T) *s
 	}
 }
 
-func newSystem(t *testing.T) *system {
+func newSystem(t testing.TB) *system {
 	t.Helper()
 	s := &system{t: t, dir: t.TempDir(), clock: &clock{now: time.Now().UTC().Truncate(time.Second)}, policy: policy, log: &logBuffer{}}
 	var err error
@@ -407,7 +407,7 @@ func wantReason(t *testing.T, err error, reason secret.Reason, commit secret.Com
 	}
 }
 
-func callContext(t *testing.T) context.Context {
+func callContext(t testing.TB) context.Context {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	t.Cleanup(cancel)

@@ -8,6 +8,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	secretsv1 "github.com/exto/secrets-broker/gen/exto/secrets/v1"
+	"github.com/exto/secrets-broker/internal/keyvaultfake"
 )
 
 // TestFIPS: the broker works with Go's FIPS 140-3 module, and says so.
@@ -56,5 +57,19 @@ func TestDebugThatPrintsValues(t *testing.T) {
 		if code != 1 || !strings.HasPrefix(stderr, "broker: GODEBUG has http2debug") || strings.Count(stderr, "\n") != 1 {
 			t.Errorf("GODEBUG=%s: got exit code %d and %q, want 1 and one line", debug, code, stderr)
 		}
+	}
+}
+
+// TestFIPSOnly: nothing but the module, which the embedded store's library does not allow.
+func TestFIPSOnly(t *testing.T) {
+	t.Parallel()
+	c := secretCloud(t, devFolder(t), keyvaultfake.Config{})
+	p := c.start("GODEBUG", "fips140=only")
+	api, ctx := p.as("console-api"), callContext(t)
+	must2(api.PutSecret(ctx, &secretsv1.PutSecretRequest{Ref: ref("demo", tokenKind), Value: "first"}))(t)
+	token := must2(api.RotateSecret(ctx, &secretsv1.RotateSecretRequest{Ref: ref("demo", tokenKind)}))(t).GetValue()
+	verified := must2(api.VerifyToken(ctx, &secretsv1.VerifyTokenRequest{InstanceId: "demo", Token: token}))(t)
+	if verified.GetResult() != secretsv1.VerifyResult_VERIFY_RESULT_MATCH_CURRENT {
+		t.Errorf("got %v, want MATCH_CURRENT", verified.GetResult())
 	}
 }
