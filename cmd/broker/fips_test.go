@@ -65,6 +65,9 @@ func TestFIPSOnly(t *testing.T) {
 	t.Parallel()
 	c := secretCloud(t, devFolder(t), keyvaultfake.Config{})
 	p := c.start("GODEBUG", "fips140=only")
+	if !strings.Contains(p.err.String(), "fips140=true") {
+		t.Errorf("got log %s, want fips140=true there", p.err)
+	}
 	api, ctx := p.as("console-api"), callContext(t)
 	must2(api.PutSecret(ctx, &secretsv1.PutSecretRequest{Ref: ref("demo", tokenKind), Value: "first"}))(t)
 	token := must2(api.RotateSecret(ctx, &secretsv1.RotateSecretRequest{Ref: ref("demo", tokenKind)}))(t).GetValue()
