@@ -46,6 +46,21 @@ step 'vet and staticcheck'
 go vet ./...
 tool staticcheck ./...
 
+step 'secrets are never formatted, and nothing weak is used (tools/vet)'
+(cd tools && go vet ./... && go test ./... && go build -o ../bin/vet ./vet)
+go vet -vettool="$PWD/bin/vet" ./...
+
+step 'known vulnerabilities'
+if ! report=$(tool govulncheck ./... 2>&1); then
+	case $report in
+	*'fetching vulnerabilities: '*) echo 'not looked for: the database at vuln.go.dev cannot be reached' ;;
+	*)
+		printf '%s\n' "$report" >&2
+		exit 1
+		;;
+	esac
+fi
+
 for os in linux darwin; do
 	for arch in amd64 arm64; do
 		step "everything compiles for $os/$arch, tests too"

@@ -5,6 +5,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/signal"
@@ -19,9 +20,25 @@ func main() {
 	// full disk is, and not the end of the process.
 	// So has the end of whoever reads standard output.
 	signal.Ignore(syscall.SIGXFSZ, syscall.SIGPIPE)
-	if err := run(ctx, os.Args[1:], os.Stdout, os.Stderr); err != nil {
+	err := protectMemory() // before anything secret is in it
+	if err == nil {
+		err = checkDebug(os.Getenv("GODEBUG"))
+	}
+	if err == nil {
+		err = run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	}
+	if err != nil {
 		// One line, whatever was joined into it.
 		fmt.Fprintln(os.Stderr, "broker: "+strings.ReplaceAll(err.Error(), "\n", "; "))
 		os.Exit(1)
 	}
+}
+
+// checkDebug refuses what has Go's HTTP/2 print all that is sent and received,
+// secrets and access tokens too.
+func checkDebug(godebug string) error {
+	if strings.Contains(godebug, "http2debug=1") || strings.Contains(godebug, "http2debug=2") { // as the packages look for it
+		return errors.New("GODEBUG has http2debug, which prints every secret to the log; leave it out")
+	}
+	return nil
 }

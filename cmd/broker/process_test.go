@@ -112,8 +112,15 @@ var listeningLine = regexp.MustCompile(`msg=listening grpc=(\S+) metrics=(\S+)\n
 // environment is env alone.
 func launch(t *testing.T, dir string, env []string, command string, args ...string) *process {
 	t.Helper()
+	return launchAs(t, nil, dir, env, command, args...)
+}
+
+// launchAs is launch, with what the system shall know of the process.
+func launchAs(t *testing.T, attr *syscall.SysProcAttr, dir string, env []string, command string, args ...string) *process {
+	t.Helper()
 	p := &process{t: t, dir: dir, out: newCapture(), err: newCapture(), exited: make(chan struct{})}
 	p.cmd = exec.Command(command, args...)
+	p.cmd.SysProcAttr = attr
 	p.cmd.Dir, p.cmd.Env = dir, append([]string{"PATH=" + os.Getenv("PATH")}, env...)
 	stdout, err := p.cmd.StdoutPipe()
 	if err != nil {
@@ -166,6 +173,11 @@ func (p *process) end(sig syscall.Signal) {
 // as is a client with one of the certificates of dev.
 func (p *process) as(name string) secretsv1.SecretsBrokerServiceClient {
 	p.t.Helper()
+	return secretsv1.NewSecretsBrokerServiceClient(p.dial(name))
+}
+
+func (p *process) dial(name string) *grpc.ClientConn {
+	p.t.Helper()
 	certFile, keyFile := devdir.PairFiles(filepath.Join(p.dir, devDir), name)
 	cert, err := tls.LoadX509KeyPair(certFile, keyFile)
 	if err != nil {
@@ -182,7 +194,7 @@ func (p *process) as(name string) secretsv1.SecretsBrokerServiceClient {
 		p.t.Fatal(err)
 	}
 	p.t.Cleanup(func() { _ = conn.Close() })
-	return secretsv1.NewSecretsBrokerServiceClient(conn)
+	return conn
 }
 
 func callContext(t *testing.T) context.Context {

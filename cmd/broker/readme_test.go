@@ -2,6 +2,8 @@ package main
 
 import (
 	"os"
+	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -51,5 +53,22 @@ func TestReadmeListsEverySetting(t *testing.T) {
 	}
 	if seen < 10 {
 		t.Errorf("got %d flags of serve, want all of them", seen)
+	}
+}
+
+// TestSecurityPageNamesTests: each test that docs/security.md promises is there.
+func TestSecurityPageNamesTests(t *testing.T) {
+	t.Parallel()
+	const docs = "../../docs"
+	page := must2(os.ReadFile(filepath.Join(docs, "security.md")))(t)
+	links := regexp.MustCompile(`\[((?:Test|Fuzz)\w+)\]\(([^)]+)\)`).FindAllStringSubmatch(string(page), -1)
+	if len(links) < 30 {
+		t.Errorf("got %d links to tests", len(links))
+	}
+	for _, l := range links {
+		source := must2(os.ReadFile(filepath.Join(docs, l[2])))(t)
+		if !strings.Contains(string(source), "\nfunc "+l[1]+"(") {
+			t.Errorf("%s has no %s", l[2], l[1])
+		}
 	}
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/fips140"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -183,7 +184,7 @@ func (c serveCommand) serve(ctx context.Context, s streams, listening func(net.A
 		return err
 	}
 	defer func() { err = errors.Join(err, store.Close()) }()
-	log.Info("broker starts", buildAttrs()...)
+	log.LogAttrs(ctx, slog.LevelInfo, "broker starts", buildAttrs()...)
 	logStore(log, store.Info())
 	auditLog, err := c.openAudit(force, s.out, log, metrics)
 	if err != nil {
@@ -279,15 +280,18 @@ func logStore(log *slog.Logger, info vault.Info) {
 }
 
 // buildAttrs says which build this is.
-func buildAttrs() []any {
+func buildAttrs() []slog.Attr {
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
 		return nil
 	}
-	attrs := []any{"version", info.Main.Version, "go", info.GoVersion}
+	attrs := []slog.Attr{slog.String("version", info.Main.Version), slog.String("go", info.GoVersion)}
+	if fips140.Enabled() {
+		attrs = append(attrs, slog.Bool("fips140", true))
+	}
 	for _, s := range info.Settings {
 		if s.Key == "vcs.revision" {
-			attrs = append(attrs, "revision", s.Value)
+			attrs = append(attrs, slog.String("revision", s.Value))
 		}
 	}
 	return attrs

@@ -258,7 +258,7 @@ func eachWord(n *yaml.Node, form string, f func(word string) error) error {
 }
 
 func errorAt(n *yaml.Node, format string, args ...any) error {
-	return fmt.Errorf("line %d: "+format, append([]any{n.Line}, args...)...)
+	return fmt.Errorf("line %d: %w", n.Line, fmt.Errorf(format, args...))
 }
 
 // parseYAML is the root of the one document of the file.

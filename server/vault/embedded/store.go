@@ -456,8 +456,14 @@ var errPanic = errors.New("broken")
 func guard(fn func() error) (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
-		if p := recover(); p != nil {
+		switch p := recover().(type) {
+		case nil:
+		case error: // its text and a string's are for the log: bbolt knows names, and of values what is sealed
 			err = fmt.Errorf("%w: %v", errPanic, p)
+		case string:
+			err = fmt.Errorf("%w: %s", errPanic, p)
+		default:
+			err = fmt.Errorf("%w: %s", errPanic, fmt.Sprintf("%T", p))
 		}
 	}()
 	return fn()

@@ -1,0 +1,3 @@
+package azsecrets
+
+type Secret struct{ Value *string }
