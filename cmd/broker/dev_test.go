@@ -16,8 +16,8 @@ func TestDevFolder(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	p := devIn(t, dir)
-	private := map[string]bool{"store.db": true, "store.key": true}
-	want := []string{".gitignore", "ca-key.pem", "ca.pem", "console-api-key.pem", "console-api.pem", "instance-demo-key.pem", "instance-demo.pem",
+	private := map[string]bool{"audit.log": true, "store.db": true, "store.key": true}
+	want := []string{".gitignore", "audit.log", "ca-key.pem", "ca.pem", "console-api-key.pem", "console-api.pem", "instance-demo-key.pem", "instance-demo.pem",
 		"operator-key.pem", "operator.pem", "policy.yaml", "server-key.pem", "server.pem", "store.db", "store.key", "worker-key.pem", "worker.pem"}
 	entries := must2(os.ReadDir(filepath.Join(dir, devDir)))(t)
 	var got []string

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -68,9 +69,40 @@ func TestKilledInTheMiddleOfWrites(t *testing.T) {
 		<-enough
 		p.kill()
 		wg.Wait()
+		if code, stdout, stderr := runBroker(t, dir, nil, "audit", "verify", auditFile); code != 0 {
+			t.Errorf("audit verify after a kill: got %d, %s%s", code, stdout, stderr)
+		}
 	}
 	p := devIn(t, dir)
 	c := p.as("console-api")
+	p.awaitMetric("secrets_broker_audit_open_intents 0")
+	closed, applied := map[string]bool{}, map[string]bool{}
+	for _, line := range auditRecords(t, filepath.Join(dir, auditFile)) {
+		switch {
+		case line.Type == "intent":
+			closed[line.ID] = closed[line.ID]
+		case line.Type == "outcome" && (line.Commit != "UNKNOWN" || line.Settled != ""):
+			closed[line.ID] = true
+		}
+		if line.Version != "" && line.Commit == "APPLIED" {
+			applied[line.Version] = true
+		}
+		if line.Replayed {
+			applied[line.Version] = true
+		}
+	}
+	for id, done := range closed {
+		if !done {
+			t.Errorf("the intent %s has no outcome", id)
+		}
+	}
+	for id, writes := range acked {
+		for _, w := range writes {
+			if !applied[w.version] {
+				t.Errorf("%s: the audit log does not say that version %s was written", id, w.version)
+			}
+		}
+	}
 	for id, writes := range acked {
 		described := must2(c.DescribeSecret(ctx, &secretsv1.DescribeSecretRequest{Ref: ref(id, oidcKind)}))(t)
 		generations := map[int64]bool{}

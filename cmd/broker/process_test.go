@@ -6,12 +6,16 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/json"
 	"fmt"
 	"io"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -22,6 +26,7 @@ import (
 
 	secretsv1 "github.com/exto/secrets-broker/gen/exto/secrets/v1"
 	"github.com/exto/secrets-broker/internal/devdir"
+	"github.com/exto/secrets-broker/server/audit"
 )
 
 // binary is the broker, built once for all tests.
@@ -228,4 +233,48 @@ func must[T any](t *testing.T, result T, err error) T {
 		t.Fatal(err)
 	}
 	return result
+}
+
+// auditFile is the audit log of broker dev, in the folder that it was started in.
+const auditFile = devDir + "/audit.log"
+
+// auditRecords reads an audit log.
+func auditRecords(t *testing.T, file string) (records []audit.Record) {
+	t.Helper()
+	content, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range bytes.Lines(content) {
+		var r audit.Record
+		if err := json.Unmarshal(line, &r); err != nil {
+			t.Fatalf("%q: %v", line, err)
+		}
+		records = append(records, r)
+	}
+	return records
+}
+
+// awaitMetric waits until the process shows this line among its metrics.
+func (p *process) awaitMetric(line string) {
+	p.t.Helper()
+	ctx := callContext(p.t)
+	for {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+p.metrics+"/metrics", nil)
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			p.t.Fatalf("waiting for %q: %v", line, err)
+		}
+		body, err := io.ReadAll(resp.Body)
+		_ = resp.Body.Close()
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		if slices.Contains(strings.Split(string(body), "\n"), line) {
+			return
+		}
+	}
 }
