@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -135,6 +136,10 @@ type system struct {
 	// auditFile is the audit log of the present broker, which is the generation-th.
 	auditFile  string
 	generation int
+	// auditAgain, unless empty, is the file of the next one, and auditTo its standard
+	// output for the audit log.
+	auditAgain string
+	auditTo    io.Writer
 	// hurried, once set, lets the present broker wait for nothing any more, as if
 	// its time were over.
 	hurried *atomic.Bool
@@ -271,7 +276,13 @@ func (s *system) restart() {
 	}
 	s.generation++
 	s.auditFile = filepath.Join(s.dir, fmt.Sprintf("audit-%d.log", s.generation))
-	auditLog, err := audit.Open(audit.Config{Path: s.auditFile, Logger: s.logger(), Metrics: s.metrics, Now: s.clock.Now})
+	if s.auditAgain != "" {
+		s.auditFile = s.auditAgain
+	}
+	if s.auditTo != nil {
+		s.auditFile = "-"
+	}
+	auditLog, err := audit.Open(audit.Config{Path: s.auditFile, Out: s.auditTo, Logger: s.logger(), Metrics: s.metrics, Now: s.clock.Now})
 	if err != nil {
 		s.t.Fatal(err)
 	}
