@@ -141,16 +141,19 @@ func TestFullDisk(t *testing.T) {
 	}
 }
 
-// TestOutageEndsAlone: nobody comes, and yet what was kept is written.
+// TestOutageEndsAlone: nobody comes, and yet what was kept and counted is written.
 func TestOutageEndsAlone(t *testing.T) {
 	t.Parallel()
 	path, ctx := filepath.Join(t.TempDir(), "audit.log"), callContext(t)
 	var full atomic.Bool
-	back := make(chan struct{}, 100)
+	tried, back := make(chan struct{}, 100), make(chan struct{}, 100)
 	cfg := audit.Config{Path: path}
 	l := open(t, cfg.Wrap(func(f *os.File) audit.File {
 		return &faulty{File: f, write: func(b []byte) (int, error) {
 			if full.Load() {
+				if strings.Contains(string(b), `"type":"count"`) {
+					tried <- struct{}{}
+				}
 				return 0, syscall.EIO
 			}
 			if strings.Contains(string(b), "resumed") {
@@ -161,14 +164,19 @@ func TestOutageEndsAlone(t *testing.T) {
 	}))
 	ok(t, l.Intend(ctx, intent("i")))
 	full.Store(true)
+	ok(t, l.Count(call("")))
 	if err := l.Write(ctx, outcome("i", "APPLIED", "")); !errors.Is(err, syscall.EIO) {
 		t.Errorf("got %v, want EIO", err)
 	}
+	<-tried
 	full.Store(false)
 	<-back
 	shut(t, l)
 	if c := holds(t, path); len(c.Open) != 0 {
 		t.Errorf("got %q open", c.Open)
+	}
+	if got := actions(records(t, path), audit.TypeCount); len(got) != 1 {
+		t.Errorf("got counts %q, want one", got)
 	}
 }
 
