@@ -2,6 +2,7 @@ package server_test
 
 import (
 	"context"
+	"log/slog"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -41,7 +42,7 @@ func TestTheRevokedStopAndOthersLoseNothing(t *testing.T) {
 		before += rule(name)
 	}
 	s.policy = before + rule("policy")
-	s.config = func(c *server.Config) { c.Now = wall.Now }
+	s.config = func(c *server.Config) { c.Now, c.Logger = wall.Now, slog.New(slog.DiscardHandler) }
 	s.trust = func(c *server.TrustConfig) {
 		often(c)
 		c.Files.Revoked = s.write("revoked", nil)
@@ -67,7 +68,7 @@ func TestTheRevokedStopAndOthersLoseNothing(t *testing.T) {
 		_, err := c.GetSecret(background, &secretsv1.GetSecretRequest{Ref: x.ref})
 		return err
 	}
-	var losing, staying sync.WaitGroup
+	var losing, lostAll, staying sync.WaitGroup
 	var calls atomic.Int64
 	stop := make(chan struct{})
 	end := sync.OnceFunc(func() { close(stop); staying.Wait() })
@@ -82,13 +83,17 @@ func TestTheRevokedStopAndOthersLoseNothing(t *testing.T) {
 		return w
 	}
 	var ending, going []*watching
+	over := make(chan struct{})
 	for name, pair := range lost {
-		ending = append(ending, begin(pair, 20, &losing, func(c secretsv1.SecretsBrokerServiceClient) {
+		losing.Add(20)
+		ending = append(ending, begin(pair, 20, &lostAll, func(c secretsv1.SecretsBrokerServiceClient) {
 			var err error
 			for err == nil {
 				err = get(c)
 			}
-			for range 20 { // and are never let in again
+			losing.Done()
+			<-over
+			for range 5 { // and are never let in again
 				if err == nil || failed(t, err).reason != secret.CallerUnknown {
 					t.Errorf("%s: got %v, want CALLER_UNKNOWN", name, err)
 					return
@@ -134,6 +139,8 @@ func TestTheRevokedStopAndOthersLoseNothing(t *testing.T) {
 		t.Errorf("some of the revoked go on after %v", promised)
 		<-stopped
 	}
+	close(over)
+	lostAll.Wait()
 	// Those who are issued new certificates come back.
 	for _, name := range []string{"serial", "expiry", "ca"} {
 		again := secretsv1.NewSecretsBrokerServiceClient(s.dial(s.clientTLS(issue(s.ca, name, 10*time.Hour))))
