@@ -18,7 +18,7 @@ import (
 )
 
 // bounds are what callers may use of the server. An idle connection costs about
-// 74 KB, an open stream about 10 KB, and a request up to 64 KiB more.
+// 74 KB.
 type bounds struct {
 	// handshakes that are under way; beyond it the oldest is shed, so that a client
 	// that does finish its own is not kept out by any number of silent ones.

@@ -215,7 +215,8 @@ func (r *refusals) request(c *connection, method string, err error) {
 }
 
 // registrar registers services so that what gRPC does before an interceptor is seen
-// too. A stats handler would see it, at 30 allocations for each call that goes well.
+// too. A stats handler would see it, but gRPC then copies the headers of each call and
+// makes an event of each of its steps, also of those that go well.
 type registrar struct {
 	*grpc.Server
 	refusals *refusals
