@@ -12,7 +12,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/net/http2"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/protobuf/proto"
 
@@ -34,8 +33,7 @@ func FuzzRequest(f *testing.F) {
 	s := newFuzzed(f)
 	conn := s.dial(s.clientTLS(s.certificate("spiffe://console.exto/" + consoleAPI)))
 	tlsConfig := s.clientTLS(s.certificate("spiffe://console.exto/" + consoleAPI))
-	tlsConfig.NextProtos = []string{"h2"}
-	transport := &http2.Transport{TLSClientConfig: tlsConfig}
+	transport := &http.Transport{TLSClientConfig: tlsConfig, ForceAttemptHTTP2: true}
 	f.Cleanup(transport.CloseIdleConnections)
 
 	methods := make([]string, 0, len(decisions()))
