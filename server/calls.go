@@ -15,7 +15,6 @@ import (
 	middleware "github.com/grpc-ecosystem/go-grpc-middleware/v2"
 	"github.com/grpc-ecosystem/go-grpc-middleware/v2/interceptors/recovery"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/status"
 
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server/authz"
@@ -154,7 +153,10 @@ func (s *endingStream) orEnd(f func() error) error {
 	case err := <-done:
 		return err
 	case <-s.Context().Done():
-		return endOf(s.Context(), status.FromContextError(s.Context().Err()).Err())
+		if told := (*broker.Error)(nil); errors.As(context.Cause(s.Context()), &told) {
+			return told
+		}
+		return <-done // gRPC ended the stream itself, and says why
 	}
 }
 
