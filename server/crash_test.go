@@ -54,6 +54,7 @@ func (x *subject) kill(n int, after bool) (died func() bool) {
 }
 
 func TestKilledBetweenAnyTwoSteps(t *testing.T) {
+	notRacing(t)
 	t.Parallel()
 	putOver := func(x *subject, ctx context.Context, id string) error {
 		_, err := x.c.PutSecret(ctx, &secretsv1.PutSecretRequest{Ref: x.ref, Value: uri(3), RequestId: id})

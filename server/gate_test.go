@@ -120,6 +120,7 @@ func decisions() map[string]decision {
 
 // TestWhoMayCallWhat tries every RPC with every kind of caller.
 func TestWhoMayCallWhat(t *testing.T) {
+	notRacing(t)
 	t.Parallel()
 	s := startSystem(t)
 	table, streams := decisions(), map[string]bool{}

@@ -41,6 +41,7 @@ func (x *subject) failingAfter(first string, methods ...string) {
 // deleted in the vault again, nothing was applied, and a person's recover is
 // theirs.
 func TestPutOverWhatAPersonDeletedFails(t *testing.T) {
+	notRacing(t)
 	t.Parallel()
 	onEachVault(t, testPutOverWhatAPersonDeletedFails)
 }

@@ -33,6 +33,7 @@ func (x *subject) operate(letter byte, id string) (version string, err error) {
 // results again, the ninth is a new request. Deletes and recovers share one
 // version, which has a write of its own to name besides them.
 func TestEveryRequestIDIsRememberedForExactlyEight(t *testing.T) {
+	notRacing(t)
 	t.Parallel()
 	onEachVault(t, testEveryRequestIDIsRememberedForExactlyEight)
 }
@@ -125,6 +126,7 @@ func testDeleteAfterAPersonEnabledADeletedOne(t *testing.T, start func(*testing.
 // TestTagsThatAPersonBroke: whatever stands in the broker's tags, the secret can
 // be read and written, and its tags stay within the vault's limits.
 func TestTagsThatAPersonBroke(t *testing.T) {
+	notRacing(t)
 	t.Parallel()
 	onEachVault(t, testTagsThatAPersonBroke)
 }

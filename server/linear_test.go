@@ -398,6 +398,9 @@ var linearMenus = [][]string{
 func TestLinearizable(t *testing.T) {
 	t.Parallel()
 	seeds := uint64(6)
+	if racing() {
+		seeds = 2
+	}
 	if more, err := strconv.ParseUint(os.Getenv("BROKER_TEST_SEEDS"), 10, 64); err == nil {
 		seeds = more // make soak
 	}

@@ -303,6 +303,7 @@ func TestKeyVaultCannotBeReached(t *testing.T) {
 // TestKeyVaultRefuses: an answer is no outage. It is told at once, and what was
 // remembered is not served any more, whatever becomes of the vault.
 func TestKeyVaultRefuses(t *testing.T) {
+	notRacing(t)
 	t.Parallel()
 	fault := func(op keyvaultfake.Op, f keyvaultfake.Fault) func(*subject) {
 		return func(x *subject) {

@@ -2,7 +2,7 @@ package server_test
 
 import (
 	"context"
-	"runtime"
+
 	"sync"
 	"testing"
 	"time"
@@ -36,16 +36,6 @@ func startWithBounds(t *testing.T, b server.Bounds) *system {
 }
 
 func spiffe(path string) string { return "spiffe://console.exto/" + path }
-
-// eventually waits until something is so, which nobody tells.
-func eventually(t *testing.T, what string, so func() bool) {
-	t.Helper()
-	for ctx := callContext(t); !so(); runtime.Gosched() {
-		if ctx.Err() != nil {
-			t.Fatalf("%s: not so in time", what)
-		}
-	}
-}
 
 // wantQuota checks that a call was refused for its caller's limit, and gives RetryInfo.
 func wantQuota(t *testing.T, err error, commit secret.CommitState) time.Duration {

@@ -23,6 +23,9 @@ import (
 func TestRandomFaults(t *testing.T) {
 	t.Parallel()
 	seeds := uint64(40)
+	if racing() {
+		seeds = 10
+	}
 	if more, err := strconv.ParseUint(os.Getenv("BROKER_TEST_SEEDS"), 10, 64); err == nil {
 		seeds = more // make soak
 	}

@@ -44,12 +44,12 @@ func (s *system) records() (records []audit.Record) {
 // is counted comes with the next second.
 func (s *system) since(n, want int) []audit.Record {
 	s.t.Helper()
-	ctx := callContext(s.t)
-	for {
-		if all := s.records(); len(all) >= n+want || ctx.Err() != nil {
-			return all[min(n, len(all)):]
-		}
-	}
+	var all []audit.Record
+	eventually(s.t, fmt.Sprintf("there are %d records more", want), func() bool {
+		all = s.records()
+		return len(all) >= n+want
+	})
+	return all[n:]
 }
 
 // brief is what a record says that can be foreseen.
@@ -333,13 +333,14 @@ func TestOpenIntentIsSettledAtStart(t *testing.T) {
 	}
 	s.restart()
 	settled := map[string]string{}
-	for len(settled) < 2 && ctx.Err() == nil {
+	eventually(t, "both are settled", func() bool {
 		for _, r := range s.records() {
 			if r.Type == audit.TypeOutcome {
 				settled[r.ID] = r.Settled + " " + r.Commit
 			}
 		}
-	}
+		return len(settled) == 2
+	})
 	if settled["first"] != "applied APPLIED" || settled["second"] != "not applied NOT_APPLIED" {
 		t.Errorf("got %q, want the first applied and the second not", settled)
 	}
@@ -359,8 +360,8 @@ func TestTransportRefusalsAreRecorded(t *testing.T) {
 		}
 		_ = conn.Close()
 	}
-	ctx, total, single := callContext(t), int64(0), 0
-	for total < flood && ctx.Err() == nil {
+	total, single := int64(0), 0
+	eventually(t, "all are recorded", func() bool {
 		total, single = 0, 0
 		for _, r := range s.records() {
 			switch {
@@ -371,7 +372,8 @@ func TestTransportRefusalsAreRecorded(t *testing.T) {
 				single++
 			}
 		}
-	}
+		return total >= flood
+	})
 	if total < flood || single == flood {
 		t.Errorf("got %d refusals recorded, %d of them one by one, want %d and fewer", total, single, flood)
 	}

@@ -16,6 +16,7 @@ import (
 // TestBadInput has one case per rule of the contract. No error repeats what was
 // sent, whichever field a secret strayed into.
 func TestBadInput(t *testing.T) {
+	notRacing(t)
 	t.Parallel()
 	const canary = "q7Zt-canary.x9"
 	const oidcKind = secretsv1.SecretKind_SECRET_KIND_OIDC_CLIENT_SECRET
@@ -137,6 +138,7 @@ func TestBadInput(t *testing.T) {
 }
 
 func TestPages(t *testing.T) {
+	notRacing(t)
 	t.Parallel()
 	s := newSystem(t)
 	s.policy += "  - identity: spiffe://console.exto/support\n    allow: [list]\n    instances: [i-003, i-007]\n"

@@ -296,6 +296,7 @@ func (o outcome) String(t *testing.T) string {
 }
 
 func TestEachCellOfTheStateTable(t *testing.T) {
+	notRacing(t)
 	t.Parallel()
 	if len(cells) != len(operations) {
 		t.Fatalf("got %d rows for %d operations", len(cells), len(operations))
@@ -407,6 +408,7 @@ func testRotateWithoutGraceExpiresAtOnce(t *testing.T, start func(*testing.T) *s
 }
 
 func TestGraceIsEndedBy(t *testing.T) {
+	notRacing(t)
 	t.Parallel()
 	onEachVault(t, testGraceIsEndedBy)
 }
@@ -488,6 +490,7 @@ func testRecoverRestoresWhatAPersonDisabled(t *testing.T, start func(*testing.T)
 }
 
 func TestOutsideHands(t *testing.T) {
+	notRacing(t)
 	t.Parallel()
 	onEachVault(t, testOutsideHands)
 }

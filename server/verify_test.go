@@ -366,6 +366,7 @@ func TestVerifyKnowsWhatTheBrokerWrote(t *testing.T) {
 
 // TestTokensAreNotShown in the log of everything, in answers or in metrics.
 func TestTokensAreNotShown(t *testing.T) {
+	notRacing(t)
 	t.Parallel()
 	s := newSystem(t)
 	var metrics *prometheus.Registry

@@ -373,6 +373,7 @@ func isEffect(op string) bool {
 }
 
 func TestVaultFaultsBeforeAnyEffect(t *testing.T) {
+	notRacing(t)
 	t.Parallel()
 	onEachVault(t, testVaultFaultsBeforeAnyEffect)
 }
@@ -420,6 +421,7 @@ func testVaultFaultsBeforeAnyEffect(t *testing.T, start func(*testing.T) *system
 }
 
 func TestUncertainWrites(t *testing.T) {
+	notRacing(t)
 	t.Parallel()
 	onEachVault(t, testUncertainWrites)
 }

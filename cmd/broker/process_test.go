@@ -7,6 +7,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
+	"flag"
 	"fmt"
 	"io"
 	"net/http"
@@ -34,7 +35,16 @@ var binary string
 
 func TestMain(m *testing.M) { os.Exit(testMain(m)) }
 
+// atOnce is how many tests run at once: they wait for processes most of the time.
+const atOnce = "6"
+
 func testMain(m *testing.M) int {
+	flag.Parse()
+	set := false
+	flag.Visit(func(f *flag.Flag) { set = set || f.Name == "test.parallel" })
+	if !set {
+		_ = flag.Set("test.parallel", atOnce)
+	}
 	dir, err := os.MkdirTemp("", "broker-test-")
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -259,7 +269,7 @@ func auditRecords(t *testing.T, file string) (records []audit.Record) {
 func (p *process) awaitMetric(line string) {
 	p.t.Helper()
 	ctx := callContext(p.t)
-	for {
+	for again := time.Tick(10 * time.Millisecond); ; <-again {
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+p.metrics+"/metrics", nil)
 		if err != nil {
 			p.t.Fatal(err)

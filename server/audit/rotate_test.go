@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/exto/secrets-broker/server/audit"
 )
@@ -191,7 +192,8 @@ func TestEmptiedFile(t *testing.T) {
 	copied := put(t, filepath.Dir(path), "copy", read(t, path))
 	ok(t, os.Truncate(path, 0))
 	l.Reopen()
-	for !strings.Contains(read(t, path), "begin") {
+	for again := time.Tick(time.Millisecond); !strings.Contains(read(t, path), "begin"); {
+		<-again
 	}
 	ok(t, l.Write(ctx, call("after")))
 	shut(t, l)
