@@ -48,7 +48,15 @@ func startFloor(ctx context.Context, dir string) (*target, error) {
 // of dir.
 func startBroker(ctx context.Context, program, dir string, env ...string) (*target, error) {
 	in := func(name string) string { return filepath.Join(dir, name) }
+	audit, err := os.MkdirTemp(dir, "audit-")
+	if err != nil {
+		return nil, err
+	}
 	env = append(env,
+		"BROKER_AUDIT_FILE="+filepath.Join(audit, "audit.log"),
+		// Some 30 MB a second come together here, which are nothing to look at later.
+		"BROKER_AUDIT_MAX_BYTES=268435456",
+		"BROKER_AUDIT_KEEP=1",
 		"BROKER_TLS_CERT_FILE="+in("server.pem"),
 		"BROKER_TLS_KEY_FILE="+in("server-key.pem"),
 		"BROKER_TLS_CLIENT_CA_FILE="+in("ca.pem"),
