@@ -59,9 +59,9 @@ func callFrom(ctx context.Context) *call { return ctx.Value(callKey{}).(*call) }
 // gave notes which version a call was answered with.
 func (c *call) gave(version string, generation int64) { c.version, c.generation = version, generation }
 
-// chain is the way of every call, outermost first: metrics, who it is and
-// how long it may take, logging, recovery, decision. A refusal is thereby
-// counted and logged like an answer.
+// chain is the way of every call, outermost first: metrics, how long it may take and its
+// line in the log, recovery, decision and record. A refusal is thereby counted and logged
+// like an answer.
 func chain(metrics *grpcprom.ServerMetrics, log *slog.Logger, g *gate, refusals *refusals, drained context.Context) []grpc.ServerOption {
 	recovered := recovery.WithRecoveryHandlerContext(func(ctx context.Context, p any) error {
 		// The type alone: the text of a panic may hold anything.
@@ -71,16 +71,14 @@ func chain(metrics *grpcprom.ServerMetrics, log *slog.Logger, g *gate, refusals 
 	return []grpc.ServerOption{
 		grpc.ChainUnaryInterceptor(
 			metrics.UnaryServerInterceptor(),
-			beginUnary(),
-			logUnary(log),
+			beginUnary(log),
 			recovery.UnaryServerInterceptor(recovered),
 			decideUnary(g),
 		),
 		grpc.ChainStreamInterceptor(
 			refuseUnknown(refusals),
 			metrics.StreamServerInterceptor(),
-			beginStream(drained),
-			logStream(log),
+			beginStream(log, drained),
 			recovery.StreamServerInterceptor(recovered),
 			decideStream(g),
 		),
@@ -99,7 +97,7 @@ func begin(ctx context.Context, method string) (context.Context, *call) {
 	return context.WithValue(ctx, callKey{}, c), c
 }
 
-func beginUnary() grpc.UnaryServerInterceptor {
+func beginUnary(log *slog.Logger) grpc.UnaryServerInterceptor {
 	return func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 		if _, ok := ctx.Deadline(); !ok {
 			timeout := readTimeout
@@ -110,18 +108,22 @@ func beginUnary() grpc.UnaryServerInterceptor {
 			ctx, cancel = context.WithTimeout(ctx, timeout)
 			defer cancel()
 		}
-		return handler(ctx, req)
+		resp, err := handler(ctx, req)
+		logCall(ctx, log, info.FullMethod, err)
+		return resp, err
 	}
 }
 
 // beginStream gives streams no deadline; the beginning of a shutdown ends them.
-func beginStream(drained context.Context) grpc.StreamServerInterceptor {
+func beginStream(log *slog.Logger, drained context.Context) grpc.StreamServerInterceptor {
 	return func(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
 		ctx, _ := begin(stream.Context(), info.FullMethod)
 		ctx, end := context.WithCancelCause(ctx)
 		defer end(nil)
 		defer context.AfterFunc(drained, func() { end(errShuttingDown()) })()
-		return handler(srv, &middleware.WrappedServerStream{ServerStream: stream, WrappedContext: ctx})
+		err := handler(srv, &middleware.WrappedServerStream{ServerStream: stream, WrappedContext: ctx})
+		logCall(ctx, log, info.FullMethod, err)
+		return err
 	}
 }
 

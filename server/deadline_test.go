@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"log/slog"
 	"testing"
 	"time"
 
@@ -27,7 +28,7 @@ func TestCallWithoutDeadline(t *testing.T) {
 	deadlineOf := func(ctx context.Context, method string) time.Time {
 		var deadline time.Time
 		ctx, _ = begin(ctx, method)
-		_, _ = beginUnary()(ctx, nil, &grpc.UnaryServerInfo{FullMethod: method}, func(ctx context.Context, _ any) (any, error) {
+		_, _ = beginUnary(slog.New(slog.DiscardHandler))(ctx, nil, &grpc.UnaryServerInfo{FullMethod: method}, func(ctx context.Context, _ any) (any, error) {
 			deadline, _ = ctx.Deadline()
 			return nil, nil
 		})

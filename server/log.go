@@ -6,7 +6,6 @@ import (
 	"strings"
 	"time"
 
-	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/peer"
@@ -17,26 +16,8 @@ import (
 // that makes its fields before it asks whether the line is wanted, which costs a Get
 // from memory as much as all else that the broker does for it.
 
-func logUnary(log *slog.Logger) grpc.UnaryServerInterceptor {
-	return func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
-		begun := time.Now()
-		resp, err := handler(ctx, req)
-		logCall(ctx, log, info.FullMethod, begun, err)
-		return resp, err
-	}
-}
-
-func logStream(log *slog.Logger) grpc.StreamServerInterceptor {
-	return func(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
-		begun := time.Now()
-		err := handler(srv, stream)
-		logCall(stream.Context(), log, info.FullMethod, begun, err)
-		return err
-	}
-}
-
 // logCall writes a call's line: never its payload.
-func logCall(ctx context.Context, log *slog.Logger, fullMethod string, begun time.Time, err error) {
+func logCall(ctx context.Context, log *slog.Logger, fullMethod string, err error) {
 	code := status.Code(err)
 	level := levelOf(code)
 	service, method, _ := strings.Cut(strings.TrimPrefix(fullMethod, "/"), "/")
@@ -51,7 +32,7 @@ func logCall(ctx context.Context, log *slog.Logger, fullMethod string, begun tim
 		slog.String("audit_id", c.auditID),
 		slog.String("caller", c.caller.name()),
 		slog.String("grpc.code", code.String()),
-		slog.Float64("grpc.time_ms", float64(time.Since(begun).Microseconds())/1000),
+		slog.Float64("grpc.time_ms", float64(time.Since(c.begun).Microseconds())/1000),
 	}
 	if p, ok := peer.FromContext(ctx); ok {
 		attrs = append(attrs, slog.String("peer.address", p.Addr.String()))

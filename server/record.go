@@ -28,8 +28,13 @@ const (
 )
 
 // record is the line of a call, as far as the call is known.
-func (c *call) record() audit.Record {
-	r := audit.Record{
+func (c *call) record() (r audit.Record) {
+	c.describe(&r)
+	return r
+}
+
+func (c *call) describe(r *audit.Record) {
+	*r = audit.Record{
 		ID: c.auditID, Serial: c.serial, Peer: c.address, Action: string(c.action), Decision: allowed,
 		Key: c.key.String(), Instance: c.instance.String(), RequestID: c.requestID,
 		Version: c.version, Generation: c.generation, Replayed: c.replayed.Load(), Duration: time.Since(c.begun),
@@ -42,16 +47,15 @@ func (c *call) record() audit.Record {
 			r.Keys = append(r.Keys, key.String())
 		}
 	}
-	return r
 }
 
-// describe says in a record how a call ended.
-func describe(r *audit.Record, err error) {
-	told := (*broker.Error)(nil)
+// conclusion says in a record how a call ended.
+func conclusion(r *audit.Record, err error) {
 	if err == nil {
 		r.Code = "OK"
 		return
 	}
+	told := (*broker.Error)(nil)
 	if !errors.As(err, &told) {
 		r.Code = codeName(status.Code(err)) // gRPC's own services
 		return
@@ -79,7 +83,10 @@ func (g *gate) conclude(ctx context.Context, c *call, err error) error {
 			err = errUnrecorded(ctx, c, err, unrecorded)
 		}
 	}
-	if told := (*broker.Error)(nil); err != nil && (errors.As(err, &told) || c.ours) {
+	if err == nil {
+		return nil
+	}
+	if told := (*broker.Error)(nil); errors.As(err, &told) || c.ours {
 		return g.fail(ctx, err)
 	}
 	return err // gRPC's own services answer with gRPC's own errors
@@ -104,11 +111,12 @@ func errUnrecorded(ctx context.Context, c *call, err, why error) error {
 }
 
 func (g *gate) write(ctx context.Context, c *call, err error) error {
-	r := c.record()
+	var r audit.Record
+	c.describe(&r)
 	if c.ours && err != nil && !errors.As(err, new(*broker.Error)) {
 		err = &broker.Error{Reason: secret.Defect}
 	}
-	describe(&r, err)
+	conclusion(&r, err)
 	if c.write && r.Commit == "" && err != nil {
 		r.Commit = string(secret.NotApplied)
 	}
@@ -162,7 +170,7 @@ func (j *journal) Ended(ctx context.Context, o broker.Outcome) error {
 	r := j.call.record()
 	r.Type, r.Version, r.Generation = audit.TypeOutcome, o.Version, o.Generation
 	r.Commit = string(secret.Applied)
-	describe(&r, o.Err)
+	conclusion(&r, o.Err)
 	return j.log.Write(ctx, &r)
 }
 
