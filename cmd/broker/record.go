@@ -17,8 +17,12 @@ import (
 	"github.com/exto/secrets-broker/server/audit"
 )
 
-// auditTimeout bounds what is waited for the audit log beside calls.
-const auditTimeout = 2 * time.Second
+// What is waited for the audit log beside calls: when something else is to be in force,
+// which must not wait long for it, and at the end.
+const (
+	reloadTimeout = time.Second
+	auditTimeout  = 2 * time.Second
+)
 
 // inForce tells the audit log by which build and which files calls are judged.
 type inForce struct {
@@ -35,11 +39,10 @@ func (f *inForce) changed(h server.Hashes) {
 }
 
 func (f *inForce) record(action string) {
-	ctx, cancel := context.WithTimeout(context.Background(), auditTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), reloadTimeout)
 	defer cancel()
 	if err := f.audit.System(ctx, action, f.system); err != nil {
-		// The next file of the audit log begins with it, and calls are refused till then.
-		f.log.Error("what is in force now could not be recorded", "action", action, "error", err)
+		f.log.Error("what is in force now is not recorded yet; it will be before the next call is answered", "action", action, "error", err)
 	}
 }
 

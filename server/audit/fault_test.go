@@ -97,6 +97,9 @@ func TestFullDisk(t *testing.T) {
 					t.Errorf("got %v, want ErrUnavailable because of ENOSPC", err)
 				}
 			}
+			if err := l.System(ctx, "reload", audit.System{Policy: "new"}); !errors.Is(err, audit.ErrUnavailable) && !growsOnly {
+				t.Errorf("what is in force: got %v, want ErrUnavailable", err)
+			}
 			if err := l.Count(call("")); !errors.Is(err, audit.ErrUnavailable) {
 				t.Errorf("a count: got %v, want ErrUnavailable", err)
 			}
@@ -133,6 +136,9 @@ func TestFullDisk(t *testing.T) {
 			at := slices.IndexFunc(got, func(r logged) bool { return r.Action == "resumed" })
 			if at < 0 || got[at].Count < 7 || got[at+1].ID != "i" {
 				t.Errorf("got %+v, want the outage recorded, then the outcomes", got)
+			}
+			if n := slices.IndexFunc(got, func(r logged) bool { return r.Action == "reload" && r.System.Policy == "new" }); n < 0 {
+				t.Error("what is in force since the outage is not recorded")
 			}
 			if some, want := actions(got, audit.TypeCall), []string{"get b"}; !slices.Equal(some, want) {
 				t.Errorf("got calls %q, want %q", some, want)

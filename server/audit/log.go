@@ -198,12 +198,14 @@ func (l *Log) Intend(ctx context.Context, r *Record) error {
 }
 
 // System remembers s for the first line of each new file, and writes a system
-// line with it.
+// line with it. A line that can't be written is kept, and written as soon as it can.
 func (l *Log) System(ctx context.Context, action string, s System) error {
 	l.mu.Lock()
 	l.system = s
 	l.mu.Unlock()
-	return l.Write(ctx, &Record{Type: TypeSystem, Action: action, System: &s})
+	e := l.entry(TypeSystem, &Record{Action: action, System: &s})
+	e.keep = true
+	return l.put(ctx, e)
 }
 
 // Reopen begins a new file if the path does not hold the present one any more.
@@ -336,7 +338,7 @@ func (l *Log) closeIntent(e *entry) {
 	r := recordOf(e.body)
 	closing := l.entry(TypeOutcome, &Record{
 		ID: r.ID, Caller: r.Caller, Serial: r.Serial, Peer: r.Peer, Action: r.Action, Key: r.Key, Instance: r.Instance,
-		RequestID: r.RequestID, OperationID: r.OperationID, Code: "Unavailable", Reason: reasonAudit, Commit: commitNotApplied,
+		RequestID: r.RequestID, OperationID: r.OperationID, Code: "UNAVAILABLE", Reason: reasonAudit, Commit: commitNotApplied,
 	})
 	closing.own = true
 	l.kept = append(l.kept, closing)
