@@ -24,12 +24,14 @@ const (
 type operations struct {
 	http     *http.Server
 	check    func(context.Context) error
+	audit    func() error
 	stopping atomic.Bool
 }
 
-// newOperations makes the server; check says whether the vault can be used.
-func newOperations(metrics *prometheus.Registry, check func(context.Context) error) *operations {
-	o := &operations{check: check}
+// newOperations makes the server; check says whether the vault can be used, and audit
+// whether what is done can be recorded.
+func newOperations(metrics *prometheus.Registry, check func(context.Context) error, audit func() error) *operations {
+	o := &operations{check: check, audit: audit}
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(metrics, promhttp.HandlerOpts{}))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = fmt.Fprintln(w, "ok") })
@@ -51,6 +53,8 @@ func (o *operations) readyz(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case o.stopping.Load():
 		http.Error(w, "not ready: shutting down", http.StatusServiceUnavailable)
+	case o.audit() != nil:
+		http.Error(w, "not ready: the audit log cannot be written", http.StatusServiceUnavailable)
 	case o.check(ctx) != nil:
 		http.Error(w, "not ready: the vault cannot be used", http.StatusServiceUnavailable)
 	default:

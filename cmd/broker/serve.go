@@ -213,7 +213,7 @@ func (c serveCommand) serve(ctx context.Context, s streams, listening func(net.A
 		return err
 	}
 
-	ops := newOperations(metrics, heart.Check)
+	ops := newOperations(metrics, heart.Check, auditLog.Check)
 
 	group, groupCtx := errgroup.WithContext(ctx)
 	group.Go(func() error { return face.Serve(grpcListener) })

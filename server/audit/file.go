@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/google/uuid"
@@ -25,6 +26,19 @@ const (
 	lockTimeout = time.Second
 	lockRetry   = 20 * time.Millisecond
 )
+
+// resolve follows symbolic links once: a file is moved and begun in its own folder.
+func (l *Log) resolve() error {
+	path, err := filepath.EvalSymlinks(l.cfg.Path)
+	if err == nil {
+		l.cfg.Path = path
+		return nil
+	}
+	if _, there := os.Lstat(l.cfg.Path); there == nil {
+		return fmt.Errorf("%s: is a symbolic link that leads nowhere: make the file, or name another", l.cfg.Path)
+	}
+	return nil // it is to be made
+}
 
 // openFile goes on with the file at the path, or begins one.
 func (l *Log) openFile() error {
@@ -47,7 +61,7 @@ func (l *Log) openFile() error {
 			l.log.Info("audit log: a new chain begins", "path", path, "chain", l.chain)
 			return l.rotate()
 		}
-		last = name(path, numbers[len(numbers)-1])
+		last = newest(path, numbers)
 	}
 	f, err := os.OpenFile(last, os.O_RDWR|os.O_APPEND, 0)
 	if err != nil {
@@ -194,7 +208,7 @@ func (l *Log) exchange() error {
 		return err
 	}
 	if err == nil && info.Size() > 0 {
-		if l.file == nil {
+		if l.file == nil || l.foreign(path) {
 			return fmt.Errorf("%s: is in use by another process", path) // it was not there a moment ago
 		}
 		next := 1
@@ -248,7 +262,68 @@ func (l *Log) checkPath() {
 		return // the next write will say
 	}
 	there, err := os.Stat(l.cfg.Path)
-	l.moved = err != nil || !os.SameFile(mine, there) || mine.Size() < l.size
+	elsewhere, cut, was := err != nil || !os.SameFile(mine, there), mine.Size() < l.size, l.moved
+	if l.moved = elsewhere || cut; was || !l.moved {
+		return
+	}
+	switch stat, ok := mine.Sys().(*syscall.Stat_t); {
+	case cut:
+		l.log.Warn("the audit log was cut off by somebody else; a new file begins, and audit verify says which lines are missing", "path", l.cfg.Path)
+	case ok && stat.Nlink == 0:
+		l.log.Warn("the audit log was removed; a new file begins, and the lines of the old one are lost", "path", l.cfg.Path)
+	default:
+		l.log.Info("the audit log was moved; a new file begins", "path", l.cfg.Path)
+	}
+}
+
+// foreign reports whether the file at the path is another process's.
+func (l *Log) foreign(path string) bool {
+	if mine, err := l.file.Stat(); err == nil {
+		if there, err := os.Stat(path); err == nil && os.SameFile(mine, there) {
+			return false
+		}
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return false // which whatever is done next will say
+	}
+	defer func() { _ = f.Close() }()
+	return errors.Is(unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB), unix.EWOULDBLOCK)
+}
+
+// newest is the file among those with a number that was written last. The log itself
+// counts them up; others who rename them may count otherwise.
+func newest(path string, numbers []int) string {
+	last, most := "", int64(-1)
+	for _, n := range numbers {
+		if seq := lastSeq(name(path, n)); last == "" || seq >= most {
+			last, most = name(path, n), seq
+		}
+	}
+	return last
+}
+
+// lastSeq is the sequence of a file's last whole line, or -1.
+func lastSeq(path string) int64 {
+	f, err := os.Open(path)
+	if err != nil {
+		return -1
+	}
+	defer func() { _ = f.Close() }()
+	info, err := f.Stat()
+	if err != nil || !info.Mode().IsRegular() {
+		return -1
+	}
+	seq := int64(-1)
+	for lines := newLines(io.NewSectionReader(f, max(0, info.Size()-2*maxLine), 2*maxLine)); ; {
+		b, whole, err := lines.next()
+		if err != nil {
+			return seq
+		}
+		if p, bad := parseLine(b); whole && bad == nil {
+			seq = p.seq
+		}
+	}
 }
 
 // syncFiles syncs the files before the present one, closes them, and syncs that;

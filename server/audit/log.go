@@ -150,6 +150,8 @@ func Open(cfg Config) (*Log, error) {
 		l.kept = append(l.kept, l.entry(TypeSystem, l.begin()))
 		l.kept[0].keep, l.kept[0].own = true, true
 		l.poke()
+	} else if err := l.resolve(); err != nil {
+		return nil, fmt.Errorf("audit log %w", err)
 	} else if err := l.openFile(); err != nil {
 		return nil, fmt.Errorf("audit log %w", err)
 	}
@@ -229,6 +231,14 @@ func (l *Log) Close(ctx context.Context) error {
 	case <-ctx.Done():
 		return unavailable(context.Cause(ctx))
 	}
+}
+
+// Check reports whether records can be written, as far as is known.
+func (l *Log) Check() error {
+	if l.unwritable() || l.syncs.is.Load() || l.hanging(&l.syncFrom) {
+		return ErrUnavailable
+	}
+	return nil
 }
 
 func (l *Log) unwritable() bool { return l.writes.is.Load() || l.hanging(&l.writeFrom) }

@@ -30,7 +30,7 @@ func newMetrics(l *Log) *metrics {
 		return float64(len(l.open))
 	})
 	gauge("available", "1 while the audit log can be written, else 0.", func() float64 {
-		if l.unwritable() || l.syncs.is.Load() || l.hanging(&l.syncFrom) {
+		if l.Check() != nil {
 			return 0
 		}
 		return 1

@@ -80,7 +80,7 @@ func Verify(files []string, head string) (Report, error) {
 	}
 	err := errors.Join(errs...)
 	if err == nil && want != nil && report.HeadAt == "" {
-		err = fmt.Errorf("head %s: no line has this hash: the end was cut off, or the chain was made anew", head)
+		err = fmt.Errorf("head %s: no line has this hash: it is in an older file that was not given, or the end was cut off, or the chain was made anew", head)
 	}
 	return report, err
 }

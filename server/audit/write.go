@@ -5,7 +5,9 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"io"
+	"io/fs"
 	"runtime"
 	"slices"
 	"sync/atomic"
@@ -33,6 +35,7 @@ type writer struct {
 
 	owes   bool  // a resumed line, since there was an outage
 	missed int64 // how many were refused in it
+	told   int64 // how many the resumed line on its way says
 
 	batch    []*entry
 	spare    []*entry
@@ -73,6 +76,12 @@ func (l *Log) writeAll() error {
 		// On a tick too: an outage ends although nobody comes.
 		err := l.flush()
 		if closed {
+			l.mu.Lock()
+			waiting := len(l.kept)
+			l.mu.Unlock()
+			if waiting > 0 {
+				l.log.Warn("the audit log is closed without some outcomes, which the next start finds out", "path", l.cfg.Path, "outcomes", waiting)
+			}
 			return err
 		}
 	}
@@ -106,7 +115,8 @@ func (l *Log) flush() error {
 		l.owes = true
 	case l.writes.is.Load():
 		l.missed += l.writes.back()
-		// When it only hung, the line that tells of it is still to be written.
+		// When it only hung, or more were refused during the write, the line that tells of
+		// them is still to be written.
 		if l.owes = l.missed > 0; l.owes {
 			l.poke()
 		}
@@ -122,7 +132,8 @@ func (l *Log) take() (done chan struct{}, size int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.owes {
-		e := l.entry(TypeSystem, &Record{Action: actionResumed, Count: l.missed + l.writes.refused.Load(), Detail: "the log could not be written, and so many records were refused"})
+		l.told = l.missed + l.writes.refused.Load()
+		e := l.entry(TypeSystem, &Record{Action: actionResumed, Count: l.told, Detail: "the log could not be written, and so many records were refused"})
 		e.resume, e.own = true, true
 		l.batch = append(l.batch, e)
 	}
@@ -169,6 +180,9 @@ func (l *Log) writeBatch() (wrote int, piece *entry, err error) {
 	n, err := l.out.Write(b)
 	if err == nil && n < len(b) {
 		err = io.ErrShortWrite
+	}
+	if pathErr := (*fs.PathError)(nil); errors.As(err, &pathErr) {
+		pathErr.Path = l.cfg.Path // which was not its name when it was made
 	}
 	if err == nil {
 		l.advance(seq, head, n)
@@ -259,7 +273,8 @@ func (l *Log) answer(wrote int, err error, piece *entry) *entry {
 func (l *Log) written(e *entry) bool {
 	switch {
 	case e.resume:
-		l.owes, l.missed = false, 0
+		l.owes = false
+		l.missed -= l.told // and what is still counted as refused is so twice then
 	case e.kind == TypeIntent:
 		l.open[idOf(e.body)] = bytes.Clone(e.body)
 		if e.synced != nil {

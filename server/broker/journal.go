@@ -123,7 +123,9 @@ func (b *Broker) recordEnd(ctx context.Context, op *operation, err error) error 
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), recordTimeout)
 	defer cancel()
 	if unrecorded := op.Journal.Ended(ctx, o); unrecorded != nil && err == nil {
-		return withCommit(errUnrecorded(op.key, unrecorded), secret.Applied)
+		e := errUnrecorded(op.key, unrecorded)
+		e.Message = "it was done, but the broker cannot write so into its audit log, and gives no answer unrecorded; the same request id tells the outcome later"
+		return withCommit(e, secret.Applied)
 	}
 	return err
 }
