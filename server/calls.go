@@ -41,6 +41,7 @@ type call struct {
 	requestID, version string
 	generation         int64
 	match              bool // of a VerifyToken
+	concluded          bool
 	intended, replayed atomic.Bool
 	under              *snapshot                    // by which it was admitted
 	watched            atomic.Pointer[[]secret.Key] // of a watch, once its request is read
@@ -189,11 +190,11 @@ func decideUnary(g *gate) grpc.UnaryServerInterceptor {
 	}
 }
 
-// concludePanic records a call that panics; what its caller is told is for the recovery.
+// concludePanic is deferred, and records a call that panics: nobody has concluded it then.
+// What its caller is told is for the recovery.
 func (g *gate) concludePanic(ctx context.Context, c *call) {
-	if p := recover(); p != nil {
+	if !c.concluded {
 		_ = g.conclude(ctx, c, &broker.Error{Reason: secret.Defect, Commit: secret.Unknown})
-		panic(p)
 	}
 }
 

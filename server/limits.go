@@ -61,6 +61,14 @@ var usualBounds = bounds{
 	idleFrames: 4 * maxStreams, idleFramesPerSecond: maxStreams,
 }
 
+// refusalLines is how many refusals a second of one identity have a line of their own in
+// the audit log; beyond that they are counted together, so that nobody fills the disk who
+// may do nothing.
+const refusalLines = 100
+
+// tells reports whether a refusal has a line of its own.
+func (a *account) tells(now time.Time) bool { return a.refusals == nil || a.refusals.AllowN(now, 1) }
+
 // busyRetry is what a caller waits for that has too much under way: nobody knows
 // when its calls end.
 const busyRetry = time.Second
@@ -68,6 +76,7 @@ const busyRetry = time.Second
 // account is what one identity uses of the server, over all its connections.
 type account struct {
 	requests       *rate.Limiter // nil: no limit
+	refusals       *rate.Limiter // of which each has a line of its own in the audit log
 	calls, streams atomic.Int64  // under way
 	held           atomic.Int64
 	connections    int // guarded by accounts.mu
@@ -92,7 +101,7 @@ func (a *accounts) open(id spiffeid.ID) *account {
 	defer a.mu.Unlock()
 	acc := a.of[id]
 	if acc == nil {
-		acc = &account{}
+		acc = &account{refusals: rate.NewLimiter(refusalLines, refusalLines)}
 		if a.perSecond > 0 {
 			acc.requests = rate.NewLimiter(rate.Limit(a.perSecond), max(1, int(a.perSecond)))
 		}

@@ -78,9 +78,13 @@ func codeName(c codes.Code) string { return rpccode.Code(c).String() }
 // allowed ones alike, and gives what its caller is told: err, or that it cannot be
 // recorded. A write that began has an intent and an outcome instead.
 func (g *gate) conclude(ctx context.Context, c *call, err error) error {
+	c.concluded = true
 	if !c.intended.Load() && (c.action != "" || err != nil) {
 		if unrecorded := g.write(ctx, c, err); unrecorded != nil {
 			err = errUnrecorded(ctx, c, err, unrecorded)
+			if ctx.Err() != nil { // it left the queue with its caller: now say what that one is told
+				_ = g.write(ctx, c, err)
+			}
 		}
 	}
 	if err == nil {
@@ -117,16 +121,20 @@ func (g *gate) write(ctx context.Context, c *call, err error) error {
 		err = &broker.Error{Reason: secret.Defect}
 	}
 	conclusion(&r, err)
-	if c.write && r.Commit == "" && err != nil {
+	switch {
+	case !c.write:
+		r.Commit = ""
+	case r.Commit == "" && err != nil:
 		r.Commit = string(secret.NotApplied)
 	}
 	switch {
-	case r.Reason == string(secret.CallerQuotaExceeded), err == nil && c.match:
+	case r.Reason == string(secret.CallerQuotaExceeded), err == nil && c.match, r.Decision == refused && !c.account.tells(g.now()):
 		return g.audit.Count(&r)
 	case err == nil && c.action == authz.Verify:
 		r.Reason = noMatch
 	}
-	if ctx.Err() != nil {
+	// A stream that is ended must not wait for a log that hangs as long as it would last.
+	if ctx.Err() != nil || c.action == authz.Watch || c.action == authz.Debug || c.action == "" {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), lastWord)
 		defer cancel()
@@ -159,11 +167,17 @@ type journal struct {
 }
 
 func (j *journal) Intend(ctx context.Context, i broker.Intent) error {
-	j.call.intended.Store(true)
+	if j.call.action == "" { // the broker's own
+		j.call.action, j.call.key = authz.Permission(i.Action), i.Key
+	}
 	r := j.call.record()
 	r.Action, r.OperationID, r.Version, r.Deleted = string(i.Action), i.OperationID, i.Version, i.Deleted
 	r.Key = i.Key.String()
-	return j.log.Intend(ctx, &r)
+	err := j.log.Intend(ctx, &r)
+	if err == nil {
+		j.call.intended.Store(true)
+	}
+	return err
 }
 
 func (j *journal) Ended(ctx context.Context, o broker.Outcome) error {
@@ -206,7 +220,7 @@ type openIntents struct {
 	log     *audit.Log
 	broker  *broker.Broker
 	records []audit.Record
-	intents []broker.Intent
+	writes  []broker.Unfinished
 }
 
 // findOpen keeps what they may have left half done from being read.
@@ -219,36 +233,18 @@ func findOpen(log *audit.Log, b *broker.Broker, now time.Time) *openIntents {
 			continue // of a release that knows more
 		}
 		b.Hide(i, now)
-		o.records, o.intents = append(o.records, r), append(o.intents, i)
+		o.records, o.writes = append(o.records, r), append(o.writes, broker.Unfinished{Call: broker.Call{Caller: r.Caller, AuditID: r.ID}, Intent: i})
 	}
 	return o
 }
 
-// mostSettling is how many open intents are settled at once: they share the vault's
-// budget with the calls.
-const mostSettling = 8
-
 // settle finds out what became of them, until ctx ends.
 func (o *openIntents) settle(ctx context.Context) {
-	var group sync.WaitGroup
-	defer group.Wait()
-	places := make(chan struct{}, mostSettling)
-	for n, i := range o.intents {
-		select {
-		case places <- struct{}{}:
-		case <-ctx.Done():
-			return
-		}
-		group.Go(func() {
-			defer func() { <-places }()
-			r := o.records[n]
-			applied, err := o.broker.Settle(ctx, broker.Call{Caller: r.Caller, AuditID: r.ID}, i)
-			if err == nil {
-				r.Version = ""
-				settle(ctx, o.log, r, applied)
-			}
-		})
-	}
+	o.broker.Settle(ctx, o.writes, func(n int, applied bool) {
+		r := o.records[n]
+		r.Version = ""
+		settle(ctx, o.log, r, applied)
+	})
 }
 
 // auditRefusals records what was refused before a handler saw it. It does not wait for

@@ -143,16 +143,16 @@ func logRefusals(log *slog.Logger) func(transportRefusal) {
 			log.Warn("refused before a handler", "further", r.rest)
 			return
 		}
-		attrs := []any{"why", r.why, "grpc.code", r.code.String(), "peer.address", r.peer.String()}
+		attrs := []slog.Attr{slog.String("why", r.why), slog.String("grpc.code", r.code.String()), slog.String("peer.address", r.peer.String())}
 		for key, value := range map[string]string{"caller": r.caller, "serial": r.serial, "grpc.method": r.method} {
 			if r.offered && key != "grpc.method" {
 				key = "offered." + key
 			}
 			if value != "" {
-				attrs = append(attrs, key, value)
+				attrs = append(attrs, slog.String(key, value))
 			}
 		}
-		log.Warn("refused before a handler", attrs...)
+		log.LogAttrs(context.Background(), slog.LevelWarn, "refused before a handler", attrs...)
 	}
 }
 

@@ -3,6 +3,7 @@ package audit_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -134,6 +135,15 @@ func TestFullDisk(t *testing.T) {
 				t.Errorf("got outcomes %q, want %q", some, want)
 			}
 			at := slices.IndexFunc(got, func(r logged) bool { return r.Action == "resumed" })
+			told := int64(0)
+			for _, r := range got {
+				if r.Action == "resumed" {
+					told += r.Count
+				}
+			}
+			if lines := text.with("is written again", fmt.Sprintf("refused=%d", told)); len(lines) != 1 {
+				t.Errorf("got %d refused in lines of the audit log, and not that in the log: %s", told, text.with("is written again"))
+			}
 			if at < 0 || got[at].Count < 7 || got[at+1].ID != "i" {
 				t.Errorf("got %+v, want the outage recorded, then the outcomes", got)
 			}

@@ -219,6 +219,23 @@ func TestCounts(t *testing.T) {
 	holds(t, path)
 }
 
+// TestIntentThatChanged: of an intent that was written twice the last one counts.
+func TestIntentThatChanged(t *testing.T) {
+	t.Parallel()
+	path, ctx := filepath.Join(t.TempDir(), "audit.log"), callContext(t)
+	l := open(t, audit.Config{Path: path})
+	ok(t, l.Intend(ctx, intent("i")))
+	again := intent("i")
+	again.Deleted, again.Version = true, "of the deleted one"
+	ok(t, l.Intend(ctx, again))
+	shut(t, l)
+	l = open(t, audit.Config{Path: path})
+	if got := l.Unclosed(); len(got) != 1 || !got[0].Deleted || got[0].Version != again.Version {
+		t.Errorf("got %+v, want the second", got)
+	}
+	shut(t, l)
+}
+
 func TestOneProcess(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "audit.log")

@@ -183,6 +183,52 @@ func TestMovedFile(t *testing.T) {
 	}
 }
 
+// TestNumbersOfOthers: the file that was written last is found, whatever its number.
+func TestNumbersOfOthers(t *testing.T) {
+	t.Parallel()
+	path, ctx := filepath.Join(t.TempDir(), "audit.log"), callContext(t)
+	l := open(t, audit.Config{Path: path})
+	ok(t, l.Write(ctx, call("a")))
+	ok(t, os.Rename(path, path+".2")) // as logrotate counts, the oldest last
+	l.Reopen()
+	for again := time.Tick(time.Millisecond); !exists(path); {
+		<-again
+	}
+	ok(t, l.Intend(ctx, intent("i")))
+	shut(t, l)
+	ok(t, os.Rename(path, path+".1"))
+	l = open(t, audit.Config{Path: path})
+	if got := l.Unclosed(); len(got) != 1 || got[0].ID != "i" {
+		t.Errorf("got the open intents %+v, want that of the newest file", got)
+	}
+	shut(t, l)
+	holds(t, path, path+".1", path+".2")
+}
+
+// TestAnothersFile at the path is not moved away: nothing is written until it is gone.
+func TestAnothersFile(t *testing.T) {
+	t.Parallel()
+	path, ctx := filepath.Join(t.TempDir(), "audit.log"), callContext(t)
+	l := open(t, audit.Config{Path: path})
+	ok(t, l.Write(ctx, call("a")))
+	ok(t, os.Rename(path, path+"-shipped"))
+	other := open(t, audit.Config{Path: path})
+	l.Reopen()
+	var err error
+	for again := time.Tick(time.Millisecond); err == nil; <-again {
+		err = l.Write(ctx, call("b"))
+	}
+	if !errors.Is(err, audit.ErrUnavailable) || !strings.Contains(err.Error(), "another process") {
+		t.Errorf("got %v, want that another process has the file", err)
+	}
+	ok(t, other.Write(ctx, call("of the other")))
+	shut(t, other)
+	ok(t, os.Remove(path))
+	ok(t, l.Write(ctx, call("c")))
+	shut(t, l)
+	holds(t, path, path+"-shipped")
+}
+
 // TestEmptiedFile: by copy and truncate.
 func TestEmptiedFile(t *testing.T) {
 	t.Parallel()

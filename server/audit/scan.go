@@ -54,9 +54,12 @@ func scan(f *os.File) (found, error) {
 		switch typeOf(b) {
 		case TypeIntent:
 			if id := idOf(b); len(b) > tailLen {
-				if _, ok := open[id]; !ok {
+				body := bytes.Clone(bodyOf(b))
+				if at, ok := open[id]; ok { // the write found the secret in another state
+					all.open[at] = body
+				} else {
 					open[id] = len(all.open)
-					all.open = append(all.open, bytes.Clone(bodyOf(b)))
+					all.open = append(all.open, body)
 				}
 			}
 		case TypeOutcome:

@@ -3,7 +3,10 @@ package broker
 import (
 	"context"
 	"errors"
+	"sync"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server/vault"
@@ -130,24 +133,64 @@ func (b *Broker) recordEnd(ctx context.Context, op *operation, err error) error 
 	return err
 }
 
-// Settle finds out what became of a write that another process intended, and ends by
-// the rules of Delete, Put and Recover what it left half done. It blocks until the
-// vault tells or ctx ends, and reports whether the write was applied.
-func (b *Broker) Settle(ctx context.Context, call Call, i Intent) (applied bool, err error) {
-	pauses := vault.NewPauses(firstPause, longestPause)
-	for {
-		op := newOperation(call, i.Key, letterOf[i.Action], i.OperationID)
-		op.depth, op.settles = whole, true
-		applied, err = do(b, ctx, op, func(ctx context.Context) (bool, error) { return b.finish(ctx, op, i) })
-		var told *Error
-		if err == nil || errors.As(err, &told) && told.Reason == secret.RequestIDReused {
-			return applied, nil
+// Unfinished is a write that was intended, and of which is not known what became of it.
+type Unfinished struct {
+	Call   Call
+	Intent Intent
+}
+
+// mostSettling is how many unfinished writes are looked at together: they share the
+// vault's budget with the calls.
+const mostSettling = 8
+
+// Settle finds out what became of writes, and ends by the rules of Delete, Put and
+// Recover what was left half done. It calls done for each when that is known, perhaps
+// for several at a time, and returns when all are or ctx ends. A vault that keeps nothing
+// knows of none, nor does this release of an action that it does not have.
+func (b *Broker) Settle(ctx context.Context, writes []Unfinished, done func(n int, applied bool)) {
+	var left []int
+	for n, w := range writes {
+		if letterOf[w.Intent.Action] != 0 && !b.discards {
+			left = append(left, n)
 		}
-		if b.stopped.Err() != nil || !vault.Pause(ctx, b.wait, pauses.NextBackOff()) {
-			return false, err
+	}
+	// Those that cannot be settled now wait for the next round, and hold up no others.
+	for pauses := vault.NewPauses(firstPause, longestPause); len(left) > 0; {
+		var again []int
+		var mu sync.Mutex
+		var group errgroup.Group
+		group.SetLimit(mostSettling)
+		for _, n := range left {
+			group.Go(func() error {
+				if applied, err := b.settleOne(ctx, writes[n]); err == nil {
+					done(n, applied)
+				} else {
+					mu.Lock()
+					defer mu.Unlock()
+					again = append(again, n)
+				}
+				return nil
+			})
+		}
+		_ = group.Wait()
+		if left = again; len(left) > 0 && (b.stopped.Err() != nil || !vault.Pause(ctx, b.wait, pauses.NextBackOff())) {
+			return
 		}
 	}
 }
+
+func (b *Broker) settleOne(ctx context.Context, w Unfinished) (applied bool, err error) {
+	op := newOperation(w.Call, w.Intent.Key, letterOf[w.Intent.Action], w.Intent.OperationID)
+	op.depth, op.settles = whole, true
+	applied, err = do(b, ctx, op, func(ctx context.Context) (bool, error) { return b.finish(ctx, op, w.Intent) })
+	if told := (*Error)(nil); errors.As(err, &told) && told.Reason == secret.RequestIDReused {
+		return false, nil // another write has the id
+	}
+	return applied, err
+}
+
+// errMayArrive keeps a write unfinished that the vault may still commit.
+var errMayArrive = errors.New("the write may still arrive")
 
 // finish ends a write that was cut off.
 func (b *Broker) finish(ctx context.Context, op *operation, i Intent) (applied bool, err error) {
@@ -167,6 +210,8 @@ func (b *Broker) finish(ctx context.Context, op *operation, i Intent) (applied b
 		// The vault's own recover came through, which nothing else undoes.
 		_, err := b.unmark(ctx, op, s, base)
 		return err == nil, err
+	case b.mayStillApply(op.key, op.id):
+		return false, errMayArrive
 	}
 	return false, nil
 }
@@ -189,8 +234,6 @@ func (b *Broker) settleLater(op *operation) {
 	}
 	go func() {
 		defer b.loads.Done()
-		if applied, err := b.Settle(b.stopped, op.Call, *op.intended); err == nil {
-			op.Journal.Settled(b.stopped, applied)
-		}
+		b.Settle(b.stopped, []Unfinished{{op.Call, *op.intended}}, func(_ int, applied bool) { op.Journal.Settled(b.stopped, applied) })
 	}()
 }

@@ -182,7 +182,7 @@ func (b *Broker) settled(key secret.Key, id string) {
 // arrived now: nothing greater was written since.
 func (b *Broker) mayStillApply(key secret.Key, id string) bool {
 	w, ok := b.pendingOf(key, id)
-	if !ok {
+	if !ok || b.now().Sub(w.at) > pendingFor {
 		return false
 	}
 	k, ok := b.knownOf(key)
