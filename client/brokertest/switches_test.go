@@ -220,7 +220,6 @@ func TestPerson(t *testing.T) {
 	c, key, person := b.Client("worker"), dbKey(t), b.Person()
 	stream := watch(t, b, "worker", key)
 
-	b.VaultOutage()()
 	over := b.VaultOutage() // no matter of a person's
 	person.Set(key, uri)
 	over()
