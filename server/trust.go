@@ -148,6 +148,14 @@ func (t *Trust) Run(ctx context.Context) {
 	}
 }
 
+// Reload is for who has written the files whole: what has changed is in force when it
+// returns, without the second look that Run leaves to the next second. Nobody else
+// may be in Reload or Run meanwhile.
+func (t *Trust) Reload() {
+	t.look()
+	t.look()
+}
+
 // look reads every file and takes what has changed as one step. There is no watch on
 // the files: Kubernetes swaps links to folders, others write in place or rename, and a
 // few small reads a second see all of that.

@@ -19,10 +19,10 @@ import (
 const Name = ".broker-dev"
 
 var (
-	// policy is what a new folder gets.
+	// Policy is what a new folder gets.
 	//
 	//go:embed policy.yaml
-	policy []byte
+	Policy []byte
 	//go:embed calls.tmpl
 	callsText string
 	calls     = template.Must(template.New("calls").Parse(callsText))
@@ -34,7 +34,7 @@ func Prepare(dir string, now time.Time) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	for name, content := range map[string][]byte{".gitignore": []byte("*\n"), "policy.yaml": policy} {
+	for name, content := range map[string][]byte{".gitignore": []byte("*\n"), "policy.yaml": Policy} {
 		file := filepath.Join(dir, name)
 		if _, err := os.Stat(file); errors.Is(err, fs.ErrNotExist) {
 			if err := WriteFile(file, content, 0o644); err != nil {
