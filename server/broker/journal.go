@@ -143,6 +143,10 @@ type Unfinished struct {
 // vault's budget with the calls.
 const mostSettling = 8
 
+// mayArriveEvery is how often it is looked again for a write that the vault may still
+// commit. One that does not within pendingFor was not applied.
+const mayArriveEvery = time.Minute
+
 // Settle finds out what became of writes, and ends by the rules of Delete, Put and
 // Recover what was left half done. It calls done for each when that is known, perhaps
 // for several at a time, and returns when all are or ctx ends. A vault that keeps nothing
@@ -157,6 +161,7 @@ func (b *Broker) Settle(ctx context.Context, writes []Unfinished, done func(n in
 	// Those that cannot be settled now wait for the next round, and hold up no others.
 	for pauses := vault.NewPauses(firstPause, longestPause); len(left) > 0; {
 		var again []int
+		var arriving int // of them
 		var mu sync.Mutex
 		var group errgroup.Group
 		group.SetLimit(mostSettling)
@@ -168,12 +173,28 @@ func (b *Broker) Settle(ctx context.Context, writes []Unfinished, done func(n in
 					mu.Lock()
 					defer mu.Unlock()
 					again = append(again, n)
+					if errors.Is(err, errMayArrive) {
+						arriving++
+					}
 				}
 				return nil
 			})
 		}
 		_ = group.Wait()
-		if left = again; len(left) > 0 && (b.stopped.Err() != nil || !vault.Pause(ctx, b.wait, pauses.NextBackOff())) {
+		left = again
+		switch {
+		case len(left) == 0 || b.stopped.Err() != nil:
+			return
+		case arriving == len(left):
+			// Nothing tells but time.
+			select {
+			case <-time.After(mayArriveEvery):
+			case <-ctx.Done():
+				return
+			case <-b.stopped.Done():
+				return
+			}
+		case !vault.Pause(ctx, b.wait, pauses.NextBackOff()):
 			return
 		}
 	}
