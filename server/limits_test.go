@@ -446,6 +446,10 @@ func TestHealthDuringShutdown(t *testing.T) {
 	}()
 	<-reached
 	c := s.rawHTTP2(t)
+	// Before the server has read anything of HTTP/2 a connection is a handshake to it.
+	c.send(framePing, 0, 0, make([]byte, 8))
+	for c.receive(t).kind != framePing {
+	}
 	over := s.shutdown(callContext(t))
 	// The server says GOAWAY with the highest stream id first, and takes streams
 	// that were on their way until the client answered its ping.
