@@ -22,6 +22,8 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
@@ -43,7 +45,9 @@ type broker struct {
 	secretsv1.UnimplementedSecretsBrokerServiceServer
 	addr   string
 	files  client.Config // those that the broker accepts
+	health *health.Server
 	answer answerFunc
+	watch  func(*secretsv1.WatchSecretsRequest, grpc.ServerStreamingServer[secretsv1.WatchSecretsResponse]) error
 
 	mu    sync.Mutex
 	calls []seen
@@ -84,16 +88,20 @@ func (b *broker) ListSecrets(ctx context.Context, req *secretsv1.ListSecretsRequ
 	return serve[*secretsv1.ListSecretsResponse](ctx, b, req)
 }
 
-func serve[Resp proto.Message](ctx context.Context, b *broker, req proto.Message) (Resp, error) {
-	call := seen{req: req}
-	call.deadline, _ = ctx.Deadline()
-	if p, ok := peer.FromContext(ctx); ok {
-		call.tls = p.AuthInfo.(credentials.TLSInfo).State
-	}
-	b.mu.Lock()
-	b.calls = append(b.calls, call)
-	b.mu.Unlock()
+func (b *broker) VerifyToken(ctx context.Context, req *secretsv1.VerifyTokenRequest) (*secretsv1.VerifyTokenResponse, error) {
+	return serve[*secretsv1.VerifyTokenResponse](ctx, b, req)
+}
 
+func (b *broker) WatchSecrets(req *secretsv1.WatchSecretsRequest, stream grpc.ServerStreamingServer[secretsv1.WatchSecretsResponse]) error {
+	b.note(stream.Context(), req)
+	if b.watch == nil {
+		return status.Error(codes.Unimplemented, "the test watches nothing")
+	}
+	return b.watch(req, stream)
+}
+
+func serve[Resp proto.Message](ctx context.Context, b *broker, req proto.Message) (Resp, error) {
+	b.note(ctx, req)
 	var none Resp
 	answer, err := b.answer(ctx, req)
 	if err != nil {
@@ -104,6 +112,17 @@ func serve[Resp proto.Message](ctx context.Context, b *broker, req proto.Message
 		return none, status.Errorf(codes.Internal, "the test answers a %T with a %T", req, answer)
 	}
 	return resp, nil
+}
+
+func (b *broker) note(ctx context.Context, req proto.Message) {
+	call := seen{req: req}
+	call.deadline, _ = ctx.Deadline()
+	if p, ok := peer.FromContext(ctx); ok {
+		call.tls = p.AuthInfo.(credentials.TLSInfo).State
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.calls = append(b.calls, call)
 }
 
 // seen returns all calls so far.
@@ -152,6 +171,9 @@ func startTLS(t *testing.T, maxVersion uint16, answer answerFunc) *broker {
 		ClientCAs:    roots,
 	})))
 	secretsv1.RegisterSecretsBrokerServiceServer(server, b)
+	b.health = health.NewServer()
+	healthpb.RegisterHealthServer(server, b.health)
+	b.serve(true)
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
 	t.Cleanup(func() {
@@ -163,10 +185,21 @@ func startTLS(t *testing.T, maxVersion uint16, answer answerFunc) *broker {
 	return b
 }
 
-// client connects to the broker as it should be done.
+// serve says by the health service whether the broker answers calls.
+func (b *broker) serve(serving bool) {
+	state := healthpb.HealthCheckResponse_NOT_SERVING
+	if serving {
+		state = healthpb.HealthCheckResponse_SERVING
+	}
+	b.health.SetServingStatus(secretsv1.SecretsBrokerService_ServiceDesc.ServiceName, state)
+}
+
+// client connects to the broker as it should be done, but calls once.
 func (b *broker) client(t *testing.T, opts ...grpc.DialOption) *client.Client {
 	t.Helper()
-	return newClient(t, b.addr, b.files, opts...)
+	c := newClient(t, b.addr, b.files, opts...)
+	client.NoRetries(c)
+	return c
 }
 
 func newClient(t *testing.T, target string, cfg client.Config, opts ...grpc.DialOption) *client.Client {

@@ -41,6 +41,20 @@ var (
 	// ErrKeyMismatch: what the vault holds under this name was written for
 	// another key or by a later broker; for an operator to look at (KEY_MISMATCH).
 	ErrKeyMismatch = errors.New("key mismatch")
+	// ErrQuotaExceeded: the caller's own limit of requests; try again, not before
+	// RetryAfter (CALLER_QUOTA_EXCEEDED).
+	ErrQuotaExceeded = errors.New("caller quota exceeded")
+	// ErrStaleness: the answer can't be as fresh as the call asks; it is
+	// ErrUnavailable too (STALENESS_UNSATISFIABLE).
+	ErrStaleness = errors.New("staleness unsatisfiable")
+	// ErrAuditUnavailable: the broker can't record the call and so refuses it; it is
+	// ErrUnavailable too (AUDIT_UNAVAILABLE).
+	ErrAuditUnavailable = errors.New("audit unavailable")
+	// ErrVaultRefused: the vault refuses the broker's own credentials; for an
+	// operator to look at; it is ErrUnavailable too (VAULT_REFUSED).
+	ErrVaultRefused = errors.New("vault refused the broker")
+	// ErrDefect: the broker is at fault; its log has AuditID (DEFECT).
+	ErrDefect = errors.New("defect of the secrets broker")
 	// ErrInvalid: the call can't succeed as it is, a request id used for something
 	// else included (every INVALID_ARGUMENT).
 	ErrInvalid = errors.New("invalid request")
@@ -127,6 +141,16 @@ func (e *Error) Is(target error) bool {
 		return e.Reason == secret.CallerUnknown
 	case ErrNotAllowed:
 		return e.Reason == secret.CallerNotAllowed
+	case ErrQuotaExceeded:
+		return e.Reason == secret.CallerQuotaExceeded
+	case ErrStaleness:
+		return e.Reason == secret.StalenessUnsatisfiable
+	case ErrAuditUnavailable:
+		return e.Reason == secret.AuditUnavailable
+	case ErrVaultRefused:
+		return e.Reason == secret.VaultRefused
+	case ErrDefect:
+		return e.Reason == secret.Defect
 	case ErrInvalid:
 		return e.Code == codes.InvalidArgument
 	case ErrUnavailable:
