@@ -44,6 +44,7 @@ type answerFunc func(context.Context, proto.Message) (proto.Message, error)
 type broker struct {
 	secretsv1.UnimplementedSecretsBrokerServiceServer
 	addr   string
+	ca     ca
 	files  client.Config // those that the broker accepts
 	health *health.Server
 	answer answerFunc
@@ -151,8 +152,18 @@ func start(t *testing.T, answer answerFunc) *broker {
 
 func startTLS(t *testing.T, maxVersion uint16, answer answerFunc) *broker {
 	t.Helper()
-	ca := newCA(t)
-	b := &broker{files: ca.issue(t), answer: answer}
+	return newCA(t).start(t, maxVersion, answer)
+}
+
+// another is a second broker with the same CA that answers the same.
+func (b *broker) another(t *testing.T) *broker {
+	t.Helper()
+	return b.ca.start(t, tls.VersionTLS13, b.answer)
+}
+
+func (ca ca) start(t *testing.T, maxVersion uint16, answer answerFunc) *broker {
+	t.Helper()
+	b := &broker{ca: ca, files: ca.issue(t), answer: answer, health: health.NewServer()}
 	cert, err := tls.LoadX509KeyPair(b.files.CertFile, b.files.KeyFile)
 	if err != nil {
 		t.Fatal(err)
@@ -171,7 +182,6 @@ func startTLS(t *testing.T, maxVersion uint16, answer answerFunc) *broker {
 		ClientCAs:    roots,
 	})))
 	secretsv1.RegisterSecretsBrokerServiceServer(server, b)
-	b.health = health.NewServer()
 	healthpb.RegisterHealthServer(server, b.health)
 	b.serve(true)
 	served := make(chan error, 1)
@@ -197,7 +207,12 @@ func (b *broker) serve(serving bool) {
 // client connects to the broker as it should be done, but calls once.
 func (b *broker) client(t *testing.T, opts ...grpc.DialOption) *client.Client {
 	t.Helper()
-	c := newClient(t, b.addr, b.files, opts...)
+	return b.clientOf(t, b.files, opts...)
+}
+
+func (b *broker) clientOf(t *testing.T, files client.Config, opts ...grpc.DialOption) *client.Client {
+	t.Helper()
+	c := newClient(t, b.addr, files, opts...)
 	client.NoRetries(c)
 	return c
 }
@@ -294,8 +309,13 @@ func sign(t *testing.T, template *x509.Certificate, key *ecdsa.PrivateKey, paren
 
 func writePEM(t *testing.T, path, kind string, der []byte) string {
 	t.Helper()
-	if err := os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600); err != nil {
+	write(t, path, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}))
+	return path
+}
+
+func write(t *testing.T, path string, data []byte) {
+	t.Helper()
+	if err := os.WriteFile(path, data, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	return path
 }
