@@ -2,6 +2,8 @@ package client
 
 import (
 	"context"
+	"errors"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -18,13 +20,15 @@ const (
 	refreshes = 16
 	// joinDelay is how long a group gathers new keys before it opens its stream anew.
 	joinDelay = 100 * time.Millisecond
+	// reopenTime is how long changes may go unseen before followers are told so.
+	reopenTime = time.Second
 	// The pause before a watch is opened again, as with retries.
 	firstRewatch   = time.Second
 	longestRewatch = 30 * time.Second
 )
 
-// follower is told of the changes of one key. Its methods return without waiting
-// for the network.
+// follower is told of the changes of one key. Its methods are called with feed.mu
+// held: they wait for nothing and call no method of the feed.
 type follower interface {
 	// seen gets each change, and the reads that it wants done.
 	seen(Change) (read func())
@@ -50,6 +54,7 @@ type group struct {
 	followers map[secret.Key][]follower
 	end       context.CancelFunc // for good
 	reopen    context.CancelFunc // of the stream now open
+	open      bool               // it has told something
 	joining   *time.Timer        // nil unless keys wait for it
 }
 
@@ -132,49 +137,57 @@ func (f *feed) run(ctx context.Context, g *group) {
 	for ctx.Err() == nil {
 		streamCtx, cancel := context.WithCancel(ctx)
 		f.mu.Lock()
-		keys := make([]secret.Key, 0, len(g.followers))
-		for key := range g.followers {
-			keys = append(keys, key)
-		}
-		g.reopen = cancel
+		keys := slices.Collect(maps.Keys(g.followers))
+		g.reopen, g.open = cancel, false
 		f.mu.Unlock()
-		for change, err := range f.client.Watch(streamCtx, keys...) {
-			if err == nil {
-				bound = firstRewatch
-				f.tell(g, change)
-				continue
-			}
-			if streamCtx.Err() == nil {
-				f.lose(g)
-				pause(ctx, rand.N(bound))
-				bound = min(2*bound, longestRewatch)
-			}
+		// Where one stream follows another, nobody is told of the moment between the
+		// two, unless it grows long.
+		late := time.AfterFunc(reopenTime, func() { f.lose(g) })
+		_, err := f.client.watch(streamCtx, keys, func(change Change) bool {
+			bound = firstRewatch
+			f.tell(g, change)
+			return true
+		})
+		late.Stop()
+		if streamCtx.Err() == nil && !errors.Is(err, errMoved) {
+			f.mu.Lock()
+			g.open = false
+			f.mu.Unlock()
+			f.lose(g)
+			pause(ctx, rand.N(bound))
+			bound = min(2*bound, longestRewatch)
 		}
 		cancel()
 	}
 }
 
 func (f *feed) tell(g *group, change Change) {
+	var reads []func()
 	f.mu.Lock()
-	followers := slices.Clone(g.followers[change.Key])
-	f.mu.Unlock()
-	for _, one := range followers {
+	g.open = true
+	for _, one := range g.followers[change.Key] {
 		if read := one.seen(change); read != nil {
-			// Blocks while there is enough to do. The broker joins what comes meanwhile.
-			f.reads.Go(func() error { read(); return nil })
+			reads = append(reads, read)
 		}
+	}
+	f.mu.Unlock()
+	for _, read := range reads {
+		// Blocks while there is enough to do. The broker joins what comes meanwhile.
+		f.reads.Go(func() error { read(); return nil })
 	}
 }
 
+// lose tells the followers that nothing is seen, unless something is by now.
 func (f *feed) lose(g *group) {
 	f.mu.Lock()
-	var all []follower
-	for _, followers := range g.followers {
-		all = append(all, followers...)
+	defer f.mu.Unlock()
+	if g.open {
+		return
 	}
-	f.mu.Unlock()
-	for _, one := range all {
-		one.lost()
+	for _, followers := range g.followers {
+		for _, one := range followers {
+			one.lost()
+		}
 	}
 }
 

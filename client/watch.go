@@ -52,46 +52,51 @@ type Change struct {
 // present states come again.
 func (c *Client) Watch(ctx context.Context, keys ...secret.Key) iter.Seq2[Change, error] {
 	return func(yield func(Change, error) bool) {
-		req := &secretsv1.WatchSecretsRequest{}
-		for _, key := range keys {
-			req.Refs = append(req.Refs, refTo(key))
-		}
 		for {
-			conn := c.acquire()
-			left, err := watch(ctx, conn, req, yield)
-			conn.calls.Done()
-			switch {
-			case left:
+			left, err := c.watch(ctx, keys, func(change Change) bool { return yield(change, nil) })
+			if left {
 				return
-			case ctx.Err() != nil:
-				err = contextStatus(ctx)
-			case conn.ctx.Err() != nil && c.ctx.Err() == nil:
-				continue // on the connection that took its place
 			}
-			yield(Change{}, newError(err, ""))
-			return
+			if !errors.Is(err, errMoved) {
+				yield(Change{}, err)
+				return
+			}
 		}
 	}
 }
 
-// watch is one stream. It reports whether the loop was left, or else why the
-// stream ended.
-func watch(ctx context.Context, conn *connection, req *secretsv1.WatchSecretsRequest, yield func(Change, error) bool) (left bool, err error) {
-	ctx, cancel := context.WithCancel(ctx)
+// errMoved ends a stream whose connection is no longer the one in use.
+var errMoved = errors.New("another connection took the place of this one")
+
+// watch is one stream. It reports whether yield left it, or else why it ended:
+// errMoved or an *Error.
+func (c *Client) watch(ctx context.Context, keys []secret.Key, yield func(Change) bool) (left bool, err error) {
+	req := &secretsv1.WatchSecretsRequest{}
+	for _, key := range keys {
+		req.Refs = append(req.Refs, refTo(key))
+	}
+	conn := c.acquire()
+	defer conn.calls.Done()
+	streamCtx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(conn.ctx, cancel)()
-	stream, err := conn.rpc.WatchSecrets(ctx, req)
+	stream, err := conn.rpc.WatchSecrets(streamCtx, req)
 	for err == nil {
 		var resp *secretsv1.WatchSecretsResponse
 		if resp, err = stream.Recv(); err != nil {
 			break
 		}
-		if !yield(Change{word[ChangeType](resp.GetType(), "CHANGE_TYPE_"), toMetadata(resp.GetMetadata())}, nil) {
+		if !yield(Change{word[ChangeType](resp.GetType(), "CHANGE_TYPE_"), toMetadata(resp.GetMetadata())}) {
 			return true, nil
 		}
 	}
-	if errors.Is(err, io.EOF) { // the broker's streams end with a status that says why
+	switch {
+	case ctx.Err() != nil:
+		err = contextStatus(ctx)
+	case conn.ctx.Err() != nil && c.ctx.Err() == nil:
+		return false, errMoved
+	case errors.Is(err, io.EOF): // the broker's streams end with a status that says why
 		err = status.Error(codes.Unavailable, "the watch ended")
 	}
-	return false, err
+	return false, newError(err, "")
 }
