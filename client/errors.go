@@ -63,9 +63,11 @@ var (
 	ErrCallerUnknown = errors.New("caller unknown")
 	// ErrNotAllowed: no rule of the policy allows the call (CALLER_NOT_ALLOWED).
 	ErrNotAllowed = errors.New("caller not allowed")
-	// ErrUnavailable: the broker can't be reached, or it can't answer now; also when
-	// the two do not accept each other's certificates. Try again, not before
-	// RetryAfter, a write with the same request id (every UNAVAILABLE).
+	// ErrUnavailable: the broker can't answer now, or the connection broke, and
+	// retries did not help. Try again, not before RetryAfter, a write with the same
+	// request id (every UNAVAILABLE). A broker that can't be reached at all, or does
+	// not accept the certificate, is waited for until context.DeadlineExceeded; the
+	// message then says why no connection was ready.
 	ErrUnavailable = errors.New("secrets broker unavailable")
 )
 

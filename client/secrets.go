@@ -368,6 +368,10 @@ func (c *Client) List(ctx context.Context, o ListOptions) iter.Seq2[Metadata, er
 	}
 }
 
+// ParseKey is secret.ParseKey: it reads back what Key.String made, such as the
+// reference in a database's row.
+func ParseKey(s string) (secret.Key, error) { return secret.ParseKey(s) }
+
 func orNewID(requestID string) string {
 	if requestID != "" {
 		return requestID

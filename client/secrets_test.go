@@ -556,7 +556,12 @@ func TestFormattingShowsNoValue(t *testing.T) {
 	if err != nil || rotated.Value.Reveal() != dbURI {
 		t.Fatalf("got %v, want the value", err)
 	}
-	for _, v := range []any{got, &got, rotated, &rotated, []client.GetResult{got}, client.RotateOptions{NewValue: got.Value}, c} {
+	source, err := client.NewSource(t.Context(), c, dbKey, client.SourceOptions{Interval: time.Hour})
+	if err != nil || source.Value().Value.Reveal() != dbURI {
+		t.Fatalf("got %v, want the value", err)
+	}
+	held := source.Value()
+	for _, v := range []any{held, &held, client.Instance{Token: source}, got, &got, rotated, &rotated, []client.GetResult{got}, client.RotateOptions{NewValue: got.Value}, c} {
 		var text strings.Builder
 		for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%d"} {
 			fmt.Fprintf(&text, verb, v)

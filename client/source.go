@@ -262,7 +262,11 @@ func (s *Source) seen(change Change) func() {
 	}
 	s.behind = s.started
 	s.arm() // should the read fail
-	return func() { s.refresh(GetOptions{MinGeneration: change.Generation}) }
+	o := GetOptions{MinGeneration: change.Generation}
+	if o.MinGeneration == 0 { // any would meet it
+		o.MaxStaleness = new(askStaleness)
+	}
+	return func() { s.refresh(o) }
 }
 
 func (s *Source) lost() {
