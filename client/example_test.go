@@ -120,13 +120,12 @@ func ExampleNewSource() {
 		log.Fatal(err)
 	}
 	held := token.Value()
-	status := callConsole(held.Value.Reveal())
-	if status == http.StatusUnauthorized {
-		newer, err := token.Unauthorized(ctx, held.Version)
-		if err != nil {
-			log.Print("no newer token yet: ", err)
+	for callConsole(held.Value.Reveal()) == http.StatusUnauthorized {
+		refused := held.Version
+		held, err = token.Unauthorized(ctx, refused)
+		if held.Version == refused {
+			log.Fatal("there is no other token: ", err)
 		}
-		callConsole(newer.Value.Reveal())
 	}
 }
 

@@ -556,7 +556,8 @@ func TestFormattingShowsNoValue(t *testing.T) {
 	if err != nil || rotated.Value.Reveal() != dbURI {
 		t.Fatalf("got %v, want the value", err)
 	}
-	source, err := client.NewSource(t.Context(), c, dbKey, client.SourceOptions{Interval: time.Hour})
+	// Of a Client of its own, which works while c is formatted.
+	source, err := client.NewSource(t.Context(), start(t, answerFull).client(t), dbKey, client.SourceOptions{Interval: time.Hour})
 	if err != nil || source.Value().Value.Reveal() != dbURI {
 		t.Fatalf("got %v, want the value", err)
 	}
