@@ -226,6 +226,93 @@ func TestSourceOverAnotherGetter(t *testing.T) {
 	}
 }
 
+// asked is a read that waits for the test's answer.
+type asked struct {
+	forced bool
+	answer chan string
+}
+
+type askedGetter chan asked
+
+func (g askedGetter) Get(_ context.Context, _ secret.Key, o client.GetOptions) (client.GetResult, error) {
+	a := asked{o.MaxStaleness != nil, make(chan string)}
+	g <- a
+	v := <-a.answer
+	return client.GetResult{Metadata: client.Metadata{Version: v}, Value: secret.NewValue("value of " + v)}, nil
+}
+
+// The answer to an earlier question must not take the place of one to a later.
+func TestLateAnswerChangesNothing(t *testing.T) {
+	t.Parallel()
+	g := make(askedGetter)
+	go func() { (<-g).answer <- "v1" }()
+	ctx, cancel := context.WithCancel(t.Context())
+	s := newSource(t, ctx, g, "acme", client.SourceOptions{Interval: time.Millisecond})
+	early := <-g // of the interval
+	done := make(chan client.Held)
+	go func() {
+		held, _ := s.Unauthorized(t.Context(), "v1")
+		done <- held
+	}()
+	late := <-g
+	if early.forced || !late.forced {
+		t.Fatal("got the reads in another order than wanted")
+	}
+	late.answer <- "v2"
+	if held := <-done; held.Version != "v2" {
+		t.Errorf("got %s, want v2", held.Version)
+	}
+	early.answer <- "v1"
+	next := <-g // so the early answer was taken in
+	if !version("v2")(s.Value()) {
+		t.Errorf("got %+v, want v2 still", s.Value())
+	}
+	cancel()
+	next.answer <- "v2"
+}
+
+// Where a watch is opened anew for one more secret and says nothing, the others
+// are read as without a watch.
+func TestSilentWatch(t *testing.T) {
+	t.Parallel()
+	shelf, b := startShelf(t, "acme", "beta")
+	var silent atomic.Bool
+	b.watch = func(req *secretsv1.WatchSecretsRequest, stream grpc.ServerStreamingServer[secretsv1.WatchSecretsResponse]) error {
+		if silent.Load() {
+			<-stream.Context().Done()
+			return stream.Context().Err()
+		}
+		return shelf.watch(req, stream)
+	}
+	c := b.client(t)
+	acme := newSource(t, t.Context(), c, "acme", client.SourceOptions{Interval: 20 * time.Millisecond})
+	eventually(t, "a watch", func() bool { _, watches := shelf.count(); return watches == 1 })
+	silent.Store(true)
+	newSource(t, t.Context(), c, "beta", byWatch)
+	eventually(t, "the watch given up", func() bool { _, watches := shelf.count(); return watches == 0 })
+	shelf.set("acme", 2)
+	await(t, acme, "the second version without a watch", version("v2"))
+}
+
+// A version from outside has no generation by which an older one could be told.
+func TestOutsideVersionIsReadAfresh(t *testing.T) {
+	t.Parallel()
+	shelf, b := startShelf(t, "acme")
+	s := newSource(t, t.Context(), b.client(t), "acme", byWatch)
+	eventually(t, "a watch", func() bool { _, watches := shelf.count(); return watches == 1 })
+	shelf.change(func() {
+		m := proto.CloneOf(shelf.secrets["acme"])
+		m.Version, m.Generation = "outside", 0
+		shelf.secrets["acme"] = m
+	})
+	await(t, s, "the version from outside", version("outside"))
+	shelf.mu.Lock()
+	defer shelf.mu.Unlock()
+	if bound := shelf.reads[len(shelf.reads)-1].GetMaxStaleness(); bound == nil || bound.AsDuration() > time.Second {
+		t.Errorf("got a staleness of %v, want at most 1 s", bound)
+	}
+}
+
 // One key that may not be read any more must not end the watch of the others.
 func TestForbiddenKeyLeavesTheWatch(t *testing.T) {
 	t.Parallel()
