@@ -138,6 +138,50 @@ func TestVerifierRemembers(t *testing.T) {
 	}
 }
 
+// A match that a change overtook is not remembered.
+func TestVerifierForgetsWhatChangedMeanwhile(t *testing.T) {
+	t.Parallel()
+	shelf, b, asked, _ := verifications(t, "acme")
+	answer := b.answer
+	var hold atomic.Bool
+	arrived, release := make(chan struct{}), make(chan struct{})
+	b.answer = func(ctx context.Context, m proto.Message) (proto.Message, error) {
+		if _, ok := m.(*secretsv1.VerifyTokenRequest); ok && hold.Swap(false) {
+			arrived <- struct{}{}
+			<-release
+		}
+		return answer(ctx, m)
+	}
+	c := b.client(t)
+	v := client.NewVerifier(t.Context(), c, client.VerifierOptions{Instances: 1})
+	verify := func(token string) {
+		if _, err := v.VerifyToken(t.Context(), instanceID(t, "acme"), secret.NewValue(token)); err != nil {
+			t.Error(err)
+		}
+	}
+	source := newSource(t, t.Context(), c, "acme", byWatch) // told of what the Verifier is told of
+	eventually(t, "remembered", func() bool {
+		before := asked.Load()
+		verify("good")
+		return asked.Load() == before
+	})
+	hold.Store(true)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		verify("old")
+	}()
+	<-arrived
+	shelf.set("acme", 2)
+	await(t, source, "the change", version("v2"))
+	close(release)
+	<-done
+	before := asked.Load()
+	if verify("old"); asked.Load() == before {
+		t.Error("what matched before the change is remembered after it")
+	}
+}
+
 func TestVerifierIsOffByDefault(t *testing.T) {
 	t.Parallel()
 	shelf, b, asked, _ := verifications(t, "acme")
