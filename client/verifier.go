@@ -94,7 +94,7 @@ func (v *Verifier) VerifyToken(ctx context.Context, id secret.InstanceID, token 
 	one.mu.Lock()
 	defer one.mu.Unlock()
 	if one.watched && one.epoch == epoch {
-		if len(one.tokens) >= maxTokens {
+		if _, again := one.tokens[digest]; !again && len(one.tokens) >= maxTokens {
 			clear(one.tokens)
 		}
 		one.tokens[digest] = result

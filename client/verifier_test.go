@@ -122,6 +122,10 @@ func TestVerifierRemembers(t *testing.T) {
 	before = asked.Load()
 	eventually(t, "asked after the grace", func() bool { verify("acme", "old"); return asked.Load() > before })
 
+	if !remembered("acme", "good") {
+		t.Error("a second token took the place of the first")
+	}
+
 	// Nothing is remembered without a watch.
 	shelf.fail(codes.Unavailable)
 	eventually(t, "asked in an outage", func() bool { return !remembered("acme", "good") })
