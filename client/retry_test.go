@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
@@ -213,10 +214,14 @@ func TestCancelEndsThePause(t *testing.T) {
 	t.Parallel()
 	ctx, cancel := context.WithCancel(t.Context())
 	b := start(t, func(context.Context, proto.Message) (proto.Message, error) {
-		time.AfterFunc(10*time.Millisecond, cancel)
 		return nil, refusal(t, codes.Unavailable, "no", brokerInfo("NOT_ACTIVE", secret.NotApplied), &errdetails.RetryInfo{RetryDelay: durationpb.New(time.Minute)})
 	})
-	_, err := newClient(t, b.addr, b.files).Put(ctx, dbKey, secret.NewValue(dbURI), client.PutOptions{})
+	c := newClient(t, b.addr, b.files, grpc.WithUnaryInterceptor(
+		func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+			defer cancel() // once the answer is there
+			return invoke(ctx, method, req, reply, cc, opts...)
+		}))
+	_, err := c.Put(ctx, dbKey, secret.NewValue(dbURI), client.PutOptions{})
 	if e, ok := errors.AsType[*client.Error](err); !ok || !errors.Is(err, context.Canceled) || e.CommitState != secret.NotApplied {
 		t.Errorf("got %#v, want context.Canceled and what the broker said of the write", err)
 	}
