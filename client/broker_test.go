@@ -22,6 +22,8 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
@@ -42,8 +44,11 @@ type answerFunc func(context.Context, proto.Message) (proto.Message, error)
 type broker struct {
 	secretsv1.UnimplementedSecretsBrokerServiceServer
 	addr   string
+	ca     ca
 	files  client.Config // those that the broker accepts
+	health *health.Server
 	answer answerFunc
+	watch  func(*secretsv1.WatchSecretsRequest, grpc.ServerStreamingServer[secretsv1.WatchSecretsResponse]) error
 
 	mu    sync.Mutex
 	calls []seen
@@ -84,16 +89,20 @@ func (b *broker) ListSecrets(ctx context.Context, req *secretsv1.ListSecretsRequ
 	return serve[*secretsv1.ListSecretsResponse](ctx, b, req)
 }
 
-func serve[Resp proto.Message](ctx context.Context, b *broker, req proto.Message) (Resp, error) {
-	call := seen{req: req}
-	call.deadline, _ = ctx.Deadline()
-	if p, ok := peer.FromContext(ctx); ok {
-		call.tls = p.AuthInfo.(credentials.TLSInfo).State
-	}
-	b.mu.Lock()
-	b.calls = append(b.calls, call)
-	b.mu.Unlock()
+func (b *broker) VerifyToken(ctx context.Context, req *secretsv1.VerifyTokenRequest) (*secretsv1.VerifyTokenResponse, error) {
+	return serve[*secretsv1.VerifyTokenResponse](ctx, b, req)
+}
 
+func (b *broker) WatchSecrets(req *secretsv1.WatchSecretsRequest, stream grpc.ServerStreamingServer[secretsv1.WatchSecretsResponse]) error {
+	b.note(stream.Context(), req)
+	if b.watch == nil {
+		return status.Error(codes.Unimplemented, "the test watches nothing")
+	}
+	return b.watch(req, stream)
+}
+
+func serve[Resp proto.Message](ctx context.Context, b *broker, req proto.Message) (Resp, error) {
+	b.note(ctx, req)
 	var none Resp
 	answer, err := b.answer(ctx, req)
 	if err != nil {
@@ -104,6 +113,17 @@ func serve[Resp proto.Message](ctx context.Context, b *broker, req proto.Message
 		return none, status.Errorf(codes.Internal, "the test answers a %T with a %T", req, answer)
 	}
 	return resp, nil
+}
+
+func (b *broker) note(ctx context.Context, req proto.Message) {
+	call := seen{req: req}
+	call.deadline, _ = ctx.Deadline()
+	if p, ok := peer.FromContext(ctx); ok {
+		call.tls = p.AuthInfo.(credentials.TLSInfo).State
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.calls = append(b.calls, call)
 }
 
 // seen returns all calls so far.
@@ -132,8 +152,18 @@ func start(t *testing.T, answer answerFunc) *broker {
 
 func startTLS(t *testing.T, maxVersion uint16, answer answerFunc) *broker {
 	t.Helper()
-	ca := newCA(t)
-	b := &broker{files: ca.issue(t), answer: answer}
+	return newCA(t).start(t, maxVersion, answer)
+}
+
+// another is a second broker with the same CA that answers the same.
+func (b *broker) another(t *testing.T) *broker {
+	t.Helper()
+	return b.ca.start(t, tls.VersionTLS13, b.answer)
+}
+
+func (ca ca) start(t *testing.T, maxVersion uint16, answer answerFunc) *broker {
+	t.Helper()
+	b := &broker{ca: ca, files: ca.issue(t), answer: answer, health: health.NewServer()}
 	cert, err := tls.LoadX509KeyPair(b.files.CertFile, b.files.KeyFile)
 	if err != nil {
 		t.Fatal(err)
@@ -152,6 +182,8 @@ func startTLS(t *testing.T, maxVersion uint16, answer answerFunc) *broker {
 		ClientCAs:    roots,
 	})))
 	secretsv1.RegisterSecretsBrokerServiceServer(server, b)
+	healthpb.RegisterHealthServer(server, b.health)
+	b.serve(true)
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
 	t.Cleanup(func() {
@@ -163,10 +195,26 @@ func startTLS(t *testing.T, maxVersion uint16, answer answerFunc) *broker {
 	return b
 }
 
-// client connects to the broker as it should be done.
+// serve says by the health service whether the broker answers calls.
+func (b *broker) serve(serving bool) {
+	state := healthpb.HealthCheckResponse_NOT_SERVING
+	if serving {
+		state = healthpb.HealthCheckResponse_SERVING
+	}
+	b.health.SetServingStatus(secretsv1.SecretsBrokerService_ServiceDesc.ServiceName, state)
+}
+
+// client connects to the broker as it should be done, but calls once.
 func (b *broker) client(t *testing.T, opts ...grpc.DialOption) *client.Client {
 	t.Helper()
-	return newClient(t, b.addr, b.files, opts...)
+	return b.clientOf(t, b.files, opts...)
+}
+
+func (b *broker) clientOf(t *testing.T, files client.Config, opts ...grpc.DialOption) *client.Client {
+	t.Helper()
+	c := newClient(t, b.addr, files, opts...)
+	client.NoRetries(c)
+	return c
 }
 
 func newClient(t *testing.T, target string, cfg client.Config, opts ...grpc.DialOption) *client.Client {
@@ -261,8 +309,13 @@ func sign(t *testing.T, template *x509.Certificate, key *ecdsa.PrivateKey, paren
 
 func writePEM(t *testing.T, path, kind string, der []byte) string {
 	t.Helper()
-	if err := os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600); err != nil {
+	write(t, path, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}))
+	return path
+}
+
+func write(t *testing.T, path string, data []byte) {
+	t.Helper()
+	if err := os.WriteFile(path, data, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	return path
 }

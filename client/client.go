@@ -2,18 +2,19 @@ package client
 
 import (
 	"context"
-	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
-	"os"
 	"slices"
 	"time"
 
+	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/backoff"
+	_ "google.golang.org/grpc/health" // without it gRPC checks no health
+	"google.golang.org/grpc/keepalive"
 
 	secretsv1 "github.com/exto/secrets-broker/gen/exto/secrets/v1"
+	"github.com/exto/secrets-broker/secret"
 )
 
 // What a call without a deadline gets: as much as the broker gives it.
@@ -22,7 +23,14 @@ const (
 	writeTimeout = 2 * time.Minute
 )
 
-// Config is how a Client proves who it is and knows the broker.
+// serviceConfig spreads the calls over the addresses at which the broker serves.
+var serviceConfig = fmt.Sprintf(`{"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": %q}}`,
+	secretsv1.SecretsBrokerService_ServiceDesc.ServiceName)
+
+// Config is how a Client proves who it is and knows the broker. The files are
+// read again when they change: within two seconds the Client goes over to a
+// connection with the new ones, without failing a call. Files that can't be used
+// leave the old ones in force.
 type Config struct {
 	// CertFile holds the caller's certificate, then its intermediates, in PEM.
 	// Its one URI SAN is the caller's SPIFFE ID. Required.
@@ -40,14 +48,21 @@ type Config struct {
 // Client talks to the broker. It is made by New. All methods are safe for
 // concurrent use.
 type Client struct {
-	conn *grpc.ClientConn
-	rpc  secretsv1.SecretsBrokerServiceClient
+	target  string
+	options []grpc.DialOption
+	files   *files
+	retries *rate.Limiter // of all calls together
+	feed    *feed
+
+	connections
 }
 
 // New makes a Client of the broker at target, a host:port or another name that
-// gRPC resolves (https://grpc.github.io/grpc/core/md_doc_naming.html). It reads
-// the files of cfg and does not connect yet: the first call does. The error is
-// one line that names the field and the file at fault.
+// gRPC resolves (https://grpc.github.io/grpc/core/md_doc_naming.html). Of a name
+// with several addresses, such as dns:///brokers.example:7443, it uses those at
+// which the broker says that it serves. It reads the files of cfg and does not
+// connect yet: the first call does. The error is one line that names the field
+// and the file at fault.
 //
 // The options are for what the Client leaves open, such as interceptors and
 // stats handlers; those see values, and must neither log nor trace messages.
@@ -58,70 +73,48 @@ func New(target string, cfg Config, opts ...grpc.DialOption) (*Client, error) {
 	if target == "" {
 		return nil, errors.New("secrets broker: a target is required, such as broker.example:7443")
 	}
-	tlsConfig, err := cfg.tls()
+	files, err := openFiles(cfg)
 	if err != nil {
 		return nil, fmt.Errorf("secrets broker: %w", err)
 	}
+	c := &Client{target: target, files: files, retries: rate.NewLimiter(retriesPerSecond, retriesPerSecond)}
+	c.options = append([]grpc.DialOption{
+		grpc.WithDefaultServiceConfig(serviceConfig),
+		grpc.WithDisableServiceConfig(), // and no look-up of one in the DNS
+		grpc.WithDefaultCallOptions(grpc.WaitForReady(true)),
+		// The broker allows a ping every 10 s.
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 20 * time.Second, Timeout: 5 * time.Second, PermitWithoutStream: true}),
+		// Much jitter: all clients of a broker lose it at one moment.
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: 250 * time.Millisecond, Multiplier: 1.6, Jitter: 0.5, MaxDelay: 10 * time.Second},
+			MinConnectTimeout: 10 * time.Second,
+		}),
+	}, slices.Clone(opts)...)
 	// Last, so that no option of the caller's takes its place.
-	opts = append(slices.Clone(opts), grpc.WithTransportCredentials(credentials.NewTLS(tlsConfig)))
-	conn, err := grpc.NewClient(target, opts...)
-	if err != nil {
+	c.options = append(c.options, grpc.WithTransportCredentials(files.credentials()))
+	if err := c.start(c); err != nil {
 		return nil, fmt.Errorf("secrets broker: target %q: %w", target, err)
 	}
-	return &Client{conn, secretsv1.NewSecretsBrokerServiceClient(conn)}, nil
+	c.feed = newFeed(c.ctx, c)
+	return c, nil
 }
 
 // Close ends the connections. Calls under way and later ones end with an *Error
-// of codes.Canceled. Call it once.
-func (c *Client) Close() error { return c.conn.Close() }
-
-func (cfg Config) tls() (*tls.Config, error) {
-	certPEM, err := readFile("CertFile", cfg.CertFile)
-	if err != nil {
-		return nil, err
-	}
-	keyPEM, err := readFile("KeyFile", cfg.KeyFile)
-	if err != nil {
-		return nil, err
-	}
-	caPEM, err := readFile("CAFile", cfg.CAFile)
-	if err != nil {
-		return nil, err
-	}
-	cert, err := tls.X509KeyPair(certPEM, keyPEM)
-	if err != nil {
-		return nil, fmt.Errorf("CertFile %s with KeyFile %s: %w", cfg.CertFile, cfg.KeyFile, err)
-	}
-	roots := x509.NewCertPool()
-	if !roots.AppendCertsFromPEM(caPEM) {
-		return nil, fmt.Errorf("CAFile %s: no certificate in PEM form", cfg.CAFile)
-	}
-	return &tls.Config{
-		MinVersion: tls.VersionTLS13,
-		RootCAs:    roots,
-		ServerName: cfg.ServerName,
-		// Not Certificates: crypto/tls would send none of those when the broker
-		// asks for another CA's, and the broker could not say who was refused.
-		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &cert, nil },
-	}, nil
+// of codes.Canceled, and so do the refreshes of Sources, which keep their values.
+// Call it once.
+func (c *Client) Close() error {
+	err := c.stop()
+	c.feed.wait()
+	return err
 }
 
-func readFile(field, path string) ([]byte, error) {
-	if path == "" {
-		return nil, fmt.Errorf("%s is required: the path of a PEM file", field)
-	}
-	data, err := os.ReadFile(path)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", field, err)
-	}
-	return data, nil
-}
-
-// call makes one call, within the default deadline of its sort when ctx has
-// none. A write is what has a request id. All errors are *Error.
+// call makes one call, and makes it again as docs/client.md says, within the
+// default deadline of its sort when ctx has none. A write is what has a request
+// id. All errors are *Error.
 func call[Req, Resp any](
 	ctx context.Context,
-	rpc func(context.Context, *Req, ...grpc.CallOption) (*Resp, error),
+	c *Client,
+	rpc func(secretsv1.SecretsBrokerServiceClient, context.Context, *Req, ...grpc.CallOption) (*Resp, error),
 	req *Req,
 	requestID string,
 ) (*Resp, error) {
@@ -134,9 +127,26 @@ func call[Req, Resp any](
 		ctx, cancel = context.WithTimeout(ctx, timeout)
 		defer cancel()
 	}
-	resp, err := rpc(ctx, req)
-	if err != nil {
-		return nil, newError(err, requestID)
+	unknown := false
+	for attempt := 0; ; attempt++ {
+		conn := c.acquire()
+		resp, err := rpc(conn.rpc, ctx, req)
+		conn.calls.Done()
+		if err == nil {
+			return resp, nil
+		}
+		e := newError(err, requestID)
+		if unknown {
+			e.followUnknown()
+		}
+		unknown = e.CommitState == secret.Unknown
+		if !e.retryable() || !c.pause(ctx, attempt, e.RetryAfter) {
+			return nil, e
+		}
+		if ctx.Err() != nil {
+			ended := newError(contextStatus(ctx), requestID)
+			ended.CommitState = e.CommitState
+			return nil, ended
+		}
 	}
-	return resp, nil
 }

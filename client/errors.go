@@ -41,6 +41,20 @@ var (
 	// ErrKeyMismatch: what the vault holds under this name was written for
 	// another key or by a later broker; for an operator to look at (KEY_MISMATCH).
 	ErrKeyMismatch = errors.New("key mismatch")
+	// ErrQuotaExceeded: the caller's own limit of requests; try again, not before
+	// RetryAfter (CALLER_QUOTA_EXCEEDED).
+	ErrQuotaExceeded = errors.New("caller quota exceeded")
+	// ErrStaleness: the answer can't be as fresh as the call asks; it is
+	// ErrUnavailable too (STALENESS_UNSATISFIABLE).
+	ErrStaleness = errors.New("staleness unsatisfiable")
+	// ErrAuditUnavailable: the broker can't record the call and so refuses it; it is
+	// ErrUnavailable too (AUDIT_UNAVAILABLE).
+	ErrAuditUnavailable = errors.New("audit unavailable")
+	// ErrVaultRefused: the vault refuses the broker's own credentials; for an
+	// operator to look at; it is ErrUnavailable too (VAULT_REFUSED).
+	ErrVaultRefused = errors.New("vault refused the broker")
+	// ErrDefect: the broker is at fault; its log has AuditID (DEFECT).
+	ErrDefect = errors.New("defect of the secrets broker")
 	// ErrInvalid: the call can't succeed as it is, a request id used for something
 	// else included (every INVALID_ARGUMENT).
 	ErrInvalid = errors.New("invalid request")
@@ -49,9 +63,11 @@ var (
 	ErrCallerUnknown = errors.New("caller unknown")
 	// ErrNotAllowed: no rule of the policy allows the call (CALLER_NOT_ALLOWED).
 	ErrNotAllowed = errors.New("caller not allowed")
-	// ErrUnavailable: the broker can't be reached, or it can't answer now; also when
-	// the two do not accept each other's certificates. Try again, not before
-	// RetryAfter, a write with the same request id (every UNAVAILABLE).
+	// ErrUnavailable: the broker can't answer now, or the connection broke, and
+	// retries did not help. Try again, not before RetryAfter, a write with the same
+	// request id (every UNAVAILABLE). A broker that can't be reached at all, or does
+	// not accept the certificate, is waited for until context.DeadlineExceeded; the
+	// message then says why no connection was ready.
 	ErrUnavailable = errors.New("secrets broker unavailable")
 )
 
@@ -127,6 +143,16 @@ func (e *Error) Is(target error) bool {
 		return e.Reason == secret.CallerUnknown
 	case ErrNotAllowed:
 		return e.Reason == secret.CallerNotAllowed
+	case ErrQuotaExceeded:
+		return e.Reason == secret.CallerQuotaExceeded
+	case ErrStaleness:
+		return e.Reason == secret.StalenessUnsatisfiable
+	case ErrAuditUnavailable:
+		return e.Reason == secret.AuditUnavailable
+	case ErrVaultRefused:
+		return e.Reason == secret.VaultRefused
+	case ErrDefect:
+		return e.Reason == secret.Defect
 	case ErrInvalid:
 		return e.Code == codes.InvalidArgument
 	case ErrUnavailable:

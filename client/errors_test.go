@@ -36,6 +36,11 @@ var sentinels = map[string]error{
 	"ErrDeleted":               client.ErrDeleted,
 	"ErrNotDeleted":            client.ErrNotDeleted,
 	"ErrKeyMismatch":           client.ErrKeyMismatch,
+	"ErrQuotaExceeded":         client.ErrQuotaExceeded,
+	"ErrStaleness":             client.ErrStaleness,
+	"ErrAuditUnavailable":      client.ErrAuditUnavailable,
+	"ErrVaultRefused":          client.ErrVaultRefused,
+	"ErrDefect":                client.ErrDefect,
 	"ErrInvalid":               client.ErrInvalid,
 	"ErrCallerUnknown":         client.ErrCallerUnknown,
 	"ErrNotAllowed":            client.ErrNotAllowed,
@@ -45,13 +50,12 @@ var sentinels = map[string]error{
 }
 
 type reasonRow struct {
-	code     codes.Code
-	reason   secret.Reason
-	sentinel string
+	code      codes.Code
+	reason    secret.Reason
+	sentinels string // separated by blanks
 }
 
-// reasons are what the broker says and which one of the sentinels it is; "" is
-// none.
+// reasons are what the broker says and which of the sentinels it is; "" is none.
 var reasons = []reasonRow{
 	{codes.InvalidArgument, "INVALID_INSTANCE_ID", "ErrInvalid"},
 	{codes.InvalidArgument, "INVALID_KIND", "ErrInvalid"},
@@ -72,18 +76,18 @@ var reasons = []reasonRow{
 	{codes.FailedPrecondition, "OF_A_LATER_BROKER", ""},
 	{codes.Unauthenticated, "CALLER_UNKNOWN", "ErrCallerUnknown"},
 	{codes.PermissionDenied, "CALLER_NOT_ALLOWED", "ErrNotAllowed"},
-	{codes.ResourceExhausted, "CALLER_QUOTA_EXCEEDED", ""},
+	{codes.ResourceExhausted, "CALLER_QUOTA_EXCEEDED", "ErrQuotaExceeded"},
 	{codes.Unavailable, "VAULT_UNAVAILABLE", "ErrUnavailable"},
 	{codes.Unavailable, "VAULT_THROTTLED", "ErrUnavailable"},
-	{codes.Unavailable, "VAULT_REFUSED", "ErrUnavailable"},
-	{codes.Unavailable, "STALENESS_UNSATISFIABLE", "ErrUnavailable"},
-	{codes.Unavailable, "AUDIT_UNAVAILABLE", "ErrUnavailable"},
+	{codes.Unavailable, "VAULT_REFUSED", "ErrVaultRefused ErrUnavailable"},
+	{codes.Unavailable, "STALENESS_UNSATISFIABLE", "ErrStaleness ErrUnavailable"},
+	{codes.Unavailable, "AUDIT_UNAVAILABLE", "ErrAuditUnavailable ErrUnavailable"},
 	{codes.Unavailable, "SHUTTING_DOWN", "ErrUnavailable"},
 	{codes.Unavailable, "NOT_ACTIVE", "ErrUnavailable"},
 	{codes.Unavailable, "OF_A_LATER_BROKER", "ErrUnavailable"},
 	{codes.DeadlineExceeded, "DEADLINE_EXCEEDED", "context.DeadlineExceeded"},
 	{codes.Canceled, "CANCELLED", "context.Canceled"},
-	{codes.Internal, "DEFECT", ""},
+	{codes.Internal, "DEFECT", "ErrDefect"},
 }
 
 // A reason or a sentinel that is added must be decided on here.
@@ -104,7 +108,7 @@ func TestSentinelTableIsComplete(t *testing.T) {
 		}
 	}
 	for name := range sentinels {
-		if !slices.ContainsFunc(reasons, func(row reasonRow) bool { return row.sentinel == name }) {
+		if !slices.ContainsFunc(reasons, func(row reasonRow) bool { return slices.Contains(strings.Fields(row.sentinels), name) }) {
 			t.Errorf("no reason is %s", name)
 		}
 	}
@@ -164,7 +168,7 @@ func TestSentinels(t *testing.T) {
 				t.Errorf("%s: got %#v, want %s with %s", op.name, err, r.code, r.reason)
 			}
 			for name, sentinel := range sentinels {
-				if got, want := errors.Is(err, sentinel), name == r.sentinel; got != want {
+				if got, want := errors.Is(err, sentinel), slices.Contains(strings.Fields(r.sentinels), name); got != want {
 					t.Errorf("%s: %s %s is %s: got %t, want %t", op.name, r.code, r.reason, name, got, want)
 				}
 			}
@@ -222,7 +226,7 @@ func TestCommitState(t *testing.T) {
 		{"not applied", []protoadapt.MessageV1{brokerInfo("DEFECT", secret.NotApplied)}, secret.NotApplied},
 		{"applied", []protoadapt.MessageV1{brokerInfo("DEFECT", secret.Applied)}, secret.Applied},
 		{"unknown", []protoadapt.MessageV1{brokerInfo("DEFECT", secret.Unknown)}, secret.Unknown},
-		{"left out", []protoadapt.MessageV1{brokerInfo("DEFECT", "")}, secret.Unknown},
+		{"left out", []protoadapt.MessageV1{brokerInfo("DEFECT", "ErrDefect")}, secret.Unknown},
 		{"another word", []protoadapt.MessageV1{brokerInfo("DEFECT", "PERHAPS")}, secret.Unknown},
 		{"no details, as from gRPC", nil, secret.Unknown},
 		{"another's ErrorInfo", []protoadapt.MessageV1{&errdetails.ErrorInfo{

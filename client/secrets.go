@@ -29,18 +29,19 @@ const (
 	Deleted State = "DELETED"
 )
 
-// Source says where an answer came from. A later broker may have further words.
-type Source string
+// FreshnessSource says where an answer came from. A later broker may have further
+// words.
+type FreshnessSource string
 
 // The sources.
 const (
 	// Live: from the vault, for this call.
-	Live Source = "LIVE"
+	Live FreshnessSource = "LIVE"
 	// Cache: from the broker's memory, within the bound of the call.
-	Cache Source = "CACHE"
+	Cache FreshnessSource = "CACHE"
 	// StaleOnError: from the broker's memory, beyond its own bound, because the
 	// vault could not be reached and the call set no MaxStaleness.
-	StaleOnError Source = "STALE_ON_ERROR"
+	StaleOnError FreshnessSource = "STALE_ON_ERROR"
 )
 
 // Metadata is all that is known of a secret or of one of its versions, but the
@@ -113,7 +114,7 @@ func (c *Client) Put(ctx context.Context, key secret.Key, value secret.Value, o 
 	case o.MustMatchVersion != "":
 		req.Precondition = &secretsv1.PutSecretRequest_MustMatchVersion{MustMatchVersion: o.MustMatchVersion}
 	}
-	resp, err := call(ctx, c.rpc.PutSecret, req, requestID)
+	resp, err := call(ctx, c, secretsv1.SecretsBrokerServiceClient.PutSecret, req, requestID)
 	if err != nil {
 		return PutResult{}, err
 	}
@@ -149,7 +150,7 @@ type GetResult struct {
 	// this answer.
 	AsOf time.Time
 	// Source says where the answer came from.
-	Source Source
+	Source FreshnessSource
 }
 
 // Get reads a value. A version that a Rotate replaced is readable until its
@@ -168,7 +169,7 @@ func (c *Client) Get(ctx context.Context, key secret.Key, o GetOptions) (GetResu
 	if o.MaxStaleness != nil {
 		req.MaxStaleness = durationpb.New(*o.MaxStaleness)
 	}
-	resp, err := call(ctx, c.rpc.GetSecret, req, "")
+	resp, err := call(ctx, c, secretsv1.SecretsBrokerServiceClient.GetSecret, req, "")
 	if err != nil {
 		return GetResult{}, err
 	}
@@ -177,7 +178,7 @@ func (c *Client) Get(ctx context.Context, key secret.Key, o GetOptions) (GetResu
 		Value:       secret.NewValue(resp.GetValue()),
 		NotModified: resp.GetNotModified(),
 		AsOf:        toTime(resp.GetFreshness().GetAsOf()),
-		Source:      word[Source](resp.GetFreshness().GetSource(), "FRESHNESS_SOURCE_"),
+		Source:      word[FreshnessSource](resp.GetFreshness().GetSource(), "FRESHNESS_SOURCE_"),
 	}, nil
 }
 
@@ -233,7 +234,7 @@ func (c *Client) Rotate(ctx context.Context, key secret.Key, o RotateOptions) (R
 	if o.GracePeriod != 0 {
 		req.GracePeriod = durationpb.New(o.GracePeriod)
 	}
-	resp, err := call(ctx, c.rpc.RotateSecret, req, requestID)
+	resp, err := call(ctx, c, secretsv1.SecretsBrokerServiceClient.RotateSecret, req, requestID)
 	if err != nil {
 		return RotateResult{}, err
 	}
@@ -263,7 +264,7 @@ type DeleteOptions struct {
 // Errors: ErrNotFound, unless AllowMissing, and ErrVersionMismatch.
 func (c *Client) Delete(ctx context.Context, key secret.Key, o DeleteOptions) (*Metadata, error) {
 	requestID := orNewID(o.RequestID)
-	resp, err := call(ctx, c.rpc.DeleteSecret, &secretsv1.DeleteSecretRequest{
+	resp, err := call(ctx, c, secretsv1.SecretsBrokerServiceClient.DeleteSecret, &secretsv1.DeleteSecretRequest{
 		Ref:              refTo(key),
 		MustMatchVersion: o.MustMatchVersion,
 		AllowMissing:     o.AllowMissing,
@@ -288,7 +289,7 @@ type RecoverOptions struct {
 // Errors: ErrNotFound and ErrNotDeleted.
 func (c *Client) Recover(ctx context.Context, key secret.Key, o RecoverOptions) (Metadata, error) {
 	requestID := orNewID(o.RequestID)
-	resp, err := call(ctx, c.rpc.RecoverSecret, &secretsv1.RecoverSecretRequest{Ref: refTo(key), RequestId: requestID}, requestID)
+	resp, err := call(ctx, c, secretsv1.SecretsBrokerServiceClient.RecoverSecret, &secretsv1.RecoverSecretRequest{Ref: refTo(key), RequestId: requestID}, requestID)
 	if err != nil {
 		return Metadata{}, err
 	}
@@ -312,7 +313,7 @@ type DescribeResult struct {
 //
 // Errors: ErrNotFound. A disabled or a deleted secret is none.
 func (c *Client) Describe(ctx context.Context, key secret.Key) (DescribeResult, error) {
-	resp, err := call(ctx, c.rpc.DescribeSecret, &secretsv1.DescribeSecretRequest{Ref: refTo(key)}, "")
+	resp, err := call(ctx, c, secretsv1.SecretsBrokerServiceClient.DescribeSecret, &secretsv1.DescribeSecretRequest{Ref: refTo(key)}, "")
 	if err != nil {
 		return DescribeResult{}, err
 	}
@@ -344,7 +345,7 @@ type ListOptions struct {
 func (c *Client) List(ctx context.Context, o ListOptions) iter.Seq2[Metadata, error] {
 	return func(yield func(Metadata, error) bool) {
 		for pageToken := ""; ; {
-			resp, err := call(ctx, c.rpc.ListSecrets, &secretsv1.ListSecretsRequest{
+			resp, err := call(ctx, c, secretsv1.SecretsBrokerServiceClient.ListSecrets, &secretsv1.ListSecretsRequest{
 				InstanceId:  o.InstanceID.String(),
 				PageSize:    o.PageSize,
 				PageToken:   pageToken,
@@ -367,6 +368,10 @@ func (c *Client) List(ctx context.Context, o ListOptions) iter.Seq2[Metadata, er
 	}
 }
 
+// ParseKey is secret.ParseKey: it reads back what Key.String made, such as the
+// reference in a database's row.
+func ParseKey(s string) (secret.Key, error) { return secret.ParseKey(s) }
+
 func orNewID(requestID string) string {
 	if requestID != "" {
 		return requestID
@@ -377,11 +382,13 @@ func orNewID(requestID string) string {
 // checkEncoding refuses what protobuf would not encode: gRPC calls that
 // INTERNAL, as if it were nobody's fault. All other rules are the broker's.
 func checkEncoding(value secret.Value, requestID string) error {
-	if utf8.ValidString(value.Reveal()) {
+	if valid(value) {
 		return nil
 	}
 	return refuse(secret.InvalidValue, "the value is not valid UTF-8", requestID)
 }
+
+func valid(value secret.Value) bool { return utf8.ValidString(value.Reveal()) }
 
 // refTo relies on secret.Kind having the numbers of the contract.
 func refTo(key secret.Key) *secretsv1.SecretRef {

@@ -78,6 +78,10 @@ var operations = []operation{
 		_, err := c.Describe(ctx, dbKey)
 		return err
 	}},
+	{"verify", false, func(ctx context.Context, c *client.Client, _ string) error {
+		_, err := c.Verify(ctx, dbKey.InstanceID(), secret.NewValue("token"))
+		return err
+	}},
 	{"list", false, func(ctx context.Context, c *client.Client, _ string) error {
 		for _, err := range c.List(ctx, client.ListOptions{}) {
 			if err != nil {
@@ -135,6 +139,9 @@ var fullAnswers = map[protoreflect.FullName]proto.Message{
 		Metadata:      fullProto,
 		RedactedValue: "postgres://app:***@db-7:5432/orders",
 		Versions:      []*secretsv1.SecretMetadata{fullProto, sparseProto},
+	},
+	"exto.secrets.v1.VerifyTokenRequest": &secretsv1.VerifyTokenResponse{
+		Result: secretsv1.VerifyResult_VERIFY_RESULT_MATCH_PREVIOUS, Generation: 2, ExpireTime: timestamppb.New(day(2)),
 	},
 	"exto.secrets.v1.ListSecretsRequest": &secretsv1.ListSecretsResponse{Secrets: []*secretsv1.SecretMetadata{fullProto}},
 }
@@ -241,6 +248,14 @@ func TestEveryFieldBothWays(t *testing.T) {
 			want: client.DescribeResult{
 				Metadata: full, RedactedValue: "postgres://app:***@db-7:5432/orders", Versions: []client.Metadata{full, sparse},
 			},
+		},
+		{
+			name: "verify",
+			call: func(ctx context.Context, c *client.Client) (any, error) {
+				return c.Verify(ctx, acme, secret.NewValue("token"))
+			},
+			req:  &secretsv1.VerifyTokenRequest{InstanceId: "acme", Token: "token"},
+			want: client.VerifyResult{Match: client.MatchPrevious, Generation: 2, ExpireTime: day(2)},
 		},
 	}
 	for _, test := range tests {
@@ -387,10 +402,10 @@ func TestEveryKindStateAndSource(t *testing.T) {
 			t.Errorf("no State for %d", number)
 		}
 	}
-	sources := map[secretsv1.FreshnessSource]client.Source{0: "", 1: client.Live, 2: client.Cache, 3: client.StaleOnError, 99: "99"}
+	sources := map[secretsv1.FreshnessSource]client.FreshnessSource{0: "", 1: client.Live, 2: client.Cache, 3: client.StaleOnError, 99: "99"}
 	for number := range secretsv1.FreshnessSource_name {
 		if _, ok := sources[secretsv1.FreshnessSource(number)]; !ok {
-			t.Errorf("no Source for %d", number)
+			t.Errorf("no FreshnessSource for %d", number)
 		}
 	}
 	for number, want := range states {
@@ -541,7 +556,13 @@ func TestFormattingShowsNoValue(t *testing.T) {
 	if err != nil || rotated.Value.Reveal() != dbURI {
 		t.Fatalf("got %v, want the value", err)
 	}
-	for _, v := range []any{got, &got, rotated, &rotated, []client.GetResult{got}, client.RotateOptions{NewValue: got.Value}, c, *c} {
+	// Of a Client of its own, which works while c is formatted.
+	source, err := client.NewSource(t.Context(), start(t, answerFull).client(t), dbKey, client.SourceOptions{Interval: time.Hour})
+	if err != nil || source.Value().Value.Reveal() != dbURI {
+		t.Fatalf("got %v, want the value", err)
+	}
+	held := source.Value()
+	for _, v := range []any{held, &held, client.Instance{Token: source}, got, &got, rotated, &rotated, []client.GetResult{got}, client.RotateOptions{NewValue: got.Value}, c} {
 		var text strings.Builder
 		for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%d"} {
 			fmt.Fprintf(&text, verb, v)

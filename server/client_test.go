@@ -1,23 +1,30 @@
 package server_test
 
 import (
+	"context"
 	"errors"
+	"net"
+	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
+
+	"google.golang.org/grpc"
 
 	"github.com/exto/secrets-broker/client"
 	"github.com/exto/secrets-broker/secret"
 )
 
 // library is the client library with the SPIFFE ID of this path.
-func (s *system) library(path string) *client.Client {
+func (s *system) library(path string, opts ...grpc.DialOption) *client.Client {
 	s.t.Helper()
 	pair := s.certificate("spiffe://console.exto/" + path)
+	name := strings.ReplaceAll(path, "/", "-") // one's own: a Client reads its files again
 	c, err := client.New(s.addr, client.Config{
-		CertFile: s.write("client.pem", pair.CertPEM()),
-		KeyFile:  s.write("client-key.pem", s.keyPEM(pair)),
+		CertFile: s.write(name+".pem", pair.CertPEM()),
+		KeyFile:  s.write(name+"-key.pem", s.keyPEM(pair)),
 		CAFile:   s.write("client-ca.pem", s.ca.CertPEM()),
-	})
+	}, opts...)
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -101,4 +108,123 @@ func TestClientLibrary(t *testing.T) {
 	if _, err := s.library(operator).Get(ctx, uri, client.GetOptions{}); !errors.Is(err, client.ErrNotAllowed) {
 		t.Errorf("Get by the operator: got %v, want ErrNotAllowed", err)
 	}
+}
+
+// TestClientLibraryFollows holds secrets in memory against the broker itself.
+func TestClientLibraryFollows(t *testing.T) {
+	t.Parallel()
+	s := startSystem(t)
+	c := s.library(consoleAPI)
+	ctx := callContext(t)
+	uri := key(t, "acme", secret.DatabaseURI)
+	token := key(t, "acme", secret.RegistrationToken)
+	first, err := c.Rotate(ctx, token, client.RotateOptions{AllowMissing: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := c.Verify(ctx, token.InstanceID(), first.Value); err != nil || got.Match != client.MatchCurrent {
+		t.Errorf("Verify: got %+v, %v, want MATCH_CURRENT", got, err)
+	}
+	if got, err := c.Verify(ctx, token.InstanceID(), secret.NewValue("another")); err != nil || got.Match != client.NoMatch {
+		t.Errorf("Verify of another: got %+v, %v, want NO_MATCH", got, err)
+	}
+
+	// Of each the present state, then the changes.
+	seen := map[secret.Key]client.ChangeType{}
+	for change, err := range c.Watch(ctx, uri, token) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if seen[change.Key] = change.Type; len(seen) == 2 {
+			break
+		}
+	}
+	if seen[uri] != client.ChangeMissing || seen[token] != client.ChangeCurrent {
+		t.Errorf("Watch: got %v, want the URI missing and the token current", seen)
+	}
+
+	instance := s.library("instance/acme")
+	source, err := client.NewSource(ctx, instance, token, client.SourceOptions{Interval: time.Hour})
+	if err != nil {
+		t.Fatal(err)
+	}
+	missing, err := client.NewSource(ctx, instance, uri, client.SourceOptions{Interval: time.Hour, AllowMissing: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if held := source.Value(); !held.Value.Equal(first.Value) {
+		t.Errorf("got %+v, want the first token", held)
+	}
+
+	// Rotated without grace, the instance asks when it is refused.
+	second, err := c.Rotate(ctx, token, client.RotateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if held, err := source.Unauthorized(ctx, first.Version); err != nil || !held.Value.Equal(second.Value) {
+		t.Errorf("Unauthorized: got %+v, %v, want the second token", held, err)
+	}
+	// All else comes by the watch.
+	put, err := c.Put(ctx, uri, secret.NewValue("postgres://db-7/orders"), client.PutOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the URI", func() bool { held := missing.Value(); return held.Version == put.Version && held.Err == nil })
+	if err := c.DeleteInstance(ctx, token.InstanceID()); err != nil {
+		t.Fatal(err)
+	}
+	for _, one := range []*client.Source{source, missing} {
+		eventually(t, "the deletion", func() bool { return errors.Is(one.Value().Err, client.ErrNotFound) })
+	}
+	if err := c.DeleteInstance(ctx, token.InstanceID()); err != nil {
+		t.Errorf("DeleteInstance again: %v", err)
+	}
+	if _, err := c.Recover(ctx, token, client.RecoverOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the token again", func() bool { held := source.Value(); return held.Err == nil && held.Value.Equal(second.Value) })
+}
+
+// TestClientLibraryOutlastsARestart: a broker that goes and comes back fails no
+// call that can wait, and Sources follow it again.
+func TestClientLibraryOutlastsARestart(t *testing.T) {
+	t.Parallel()
+	s := startSystem(t)
+	var addr atomic.Value // another broker has another port
+	addr.Store(s.addr)
+	c := s.library(consoleAPI, grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "tcp", addr.Load().(string))
+	}))
+	ctx := callContext(t)
+	token := key(t, "acme", secret.RegistrationToken)
+	if _, err := c.Rotate(ctx, token, client.RotateOptions{AllowMissing: true}); err != nil {
+		t.Fatal(err)
+	}
+	source, err := client.NewSource(ctx, c, token, client.SourceOptions{Interval: time.Hour})
+	if err != nil {
+		t.Fatal(err)
+	}
+	stop, done := make(chan struct{}), make(chan int64)
+	go func() {
+		generation := int64(1)
+		for {
+			select {
+			case <-stop:
+				done <- generation
+				return
+			default:
+			}
+			rotated, err := c.Rotate(ctx, token, client.RotateOptions{})
+			if err != nil || rotated.Generation != generation+1 {
+				t.Errorf("Rotate: got generation %d, %v, want %d", rotated.Generation, err, generation+1)
+			}
+			generation++
+		}
+	}()
+	s.stop()
+	s.restart()
+	addr.Store(s.addr)
+	close(stop)
+	last := <-done
+	eventually(t, "the last generation", func() bool { held := source.Value(); return held.Err == nil && held.Generation == last })
 }

@@ -7,6 +7,23 @@ import (
 	"testing"
 )
 
+// TestClientImports keeps what other programs get with the client library small.
+func TestClientImports(t *testing.T) {
+	t.Parallel()
+	const module = "github.com/exto/secrets-broker/"
+	out, err := exec.Command("go", "list", "-deps", "-f", "{{if not .Standard}}{{.ImportPath}}{{end}}", module+"client").Output()
+	if err != nil {
+		t.Fatalf("go list -deps: %v", err)
+	}
+	for _, dep := range strings.Fields(string(out)) {
+		if !slices.ContainsFunc([]string{
+			module + "client", module + "gen/", module + "secret", "google.golang.org/", "golang.org/x/", "github.com/google/uuid",
+		}, func(allowed string) bool { return strings.HasPrefix(dep, allowed) }) {
+			t.Errorf("client imports %s, by whatever way", dep)
+		}
+	}
+}
+
 // TestImports keeps what is for tests out of the product, and what is the
 // broker's out of its callers.
 func TestImports(t *testing.T) {

@@ -26,6 +26,7 @@ var weak = map[string]string{
 // weakAllowed are imports that do no harm where they are.
 var weakAllowed = []string{
 	"internal/bench math/rand/v2", // chooses what is asked
+	"client math/rand/v2",         // spreads retries over time
 	"gen/exto/secrets/v1 unsafe",  // generated
 }
 
