@@ -134,10 +134,9 @@ func TestUnknownStaysUnknown(t *testing.T) {
 		{codes.PermissionDenied, secret.Unknown},
 		{codes.Aborted, secret.NotApplied},
 	} {
-		first := true
+		var again atomic.Bool
 		b := start(t, func(context.Context, proto.Message) (proto.Message, error) {
-			if first {
-				first = false
+			if !again.Swap(true) {
 				return nil, status.Error(codes.Unavailable, "the connection broke")
 			}
 			return nil, refusal(t, test.second, "no", brokerInfo("OF_A_TEST", secret.NotApplied))
@@ -166,9 +165,9 @@ func TestRetriesEndBeforeTheDeadline(t *testing.T) {
 func TestRetryWaitsAsAdvised(t *testing.T) {
 	t.Parallel()
 	const advice = 300 * time.Millisecond
-	var times []time.Time
+	times := make(chan time.Time, 2)
 	b := start(t, func(ctx context.Context, req proto.Message) (proto.Message, error) {
-		if times = append(times, time.Now()); len(times) == 1 {
+		if times <- time.Now(); len(times) == 1 {
 			return nil, refusal(t, codes.Unavailable, "no", &errdetails.RetryInfo{RetryDelay: durationpb.New(advice)})
 		}
 		return answerFull(ctx, req)
@@ -176,8 +175,8 @@ func TestRetryWaitsAsAdvised(t *testing.T) {
 	if _, err := newClient(t, b.addr, b.files).Get(t.Context(), dbKey, client.GetOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	if got := times[1].Sub(times[0]); got < advice {
-		t.Errorf("the second attempt came after %v, want %v at least", got, advice)
+	if first, second := <-times, <-times; second.Sub(first) < advice {
+		t.Errorf("the second attempt came after %v, want %v at least", second.Sub(first), advice)
 	}
 }
 

@@ -562,7 +562,7 @@ func TestFormattingShowsNoValue(t *testing.T) {
 		t.Fatalf("got %v, want the value", err)
 	}
 	held := source.Value()
-	for _, v := range []any{held, &held, client.Instance{Token: source}, got, &got, rotated, &rotated, []client.GetResult{got}, client.RotateOptions{NewValue: got.Value}, c} {
+	for _, v := range []any{held, &held, got, &got, rotated, &rotated, []client.GetResult{got}, client.RotateOptions{NewValue: got.Value}, c} {
 		var text strings.Builder
 		for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%d"} {
 			fmt.Fprintf(&text, verb, v)

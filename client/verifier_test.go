@@ -202,11 +202,12 @@ func TestVerifierIsOffByDefault(t *testing.T) {
 
 func TestInstance(t *testing.T) {
 	t.Parallel()
+	var withoutOIDC atomic.Bool
 	values := map[string]string{"instance-acme": "token", "instance-acme-dburi": "uri", "instance-acme-oidc-secret": "oidc"}
 	b := start(t, func(_ context.Context, m proto.Message) (proto.Message, error) {
 		ref := m.(*secretsv1.GetSecretRequest).GetRef()
 		key, err := secret.NewKey(instanceID(t, ref.GetInstanceId()), secret.Kind(ref.GetKind()))
-		if err != nil || values[key.String()] == "" {
+		if err != nil || withoutOIDC.Load() && key.Kind() == secret.OIDCClientSecret {
 			return nil, refusalOf(codes.NotFound, secret.SecretNotFound)
 		}
 		return &secretsv1.GetSecretResponse{Metadata: &secretsv1.SecretMetadata{Key: key.String(), Version: "v1"}, Value: values[key.String()]}, nil
@@ -224,7 +225,7 @@ func TestInstance(t *testing.T) {
 		t.Errorf("got %q, want %q", got, want)
 	}
 
-	delete(values, "instance-acme-oidc-secret")
+	withoutOIDC.Store(true)
 	if _, err := client.NewInstance(t.Context(), c, instanceID(t, "acme"), client.InstanceOptions{}); !errors.Is(err, client.ErrNotFound) {
 		t.Errorf("got %v without one of the three, want ErrNotFound", err)
 	}
