@@ -284,8 +284,10 @@ func TestCertificateExpiresOnAnOpenConnection(t *testing.T) {
 	wantReason(t, list(), secret.CallerUnknown, "")
 	stream := invoke(callContext(t), conn, "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", true, &reflectionpb.ServerReflectionRequest{})
 	wantReason(t, stream, secret.CallerUnknown, "")
-	_, err := healthpb.NewHealthClient(conn).Check(callContext(t), &healthpb.HealthCheckRequest{})
-	wantReason(t, err, secret.CallerUnknown, "")
+	// By its health a client balances; that it is unknown it is to hear from its calls.
+	if _, err := healthpb.NewHealthClient(conn).Check(callContext(t), &healthpb.HealthCheckRequest{}); err != nil {
+		t.Errorf("health: %v", err)
+	}
 }
 
 // TestOrderOfJudgement: caller, permission, form of the request, secret.

@@ -41,7 +41,6 @@ type open struct {
 	t          *testing.T
 	conn       *grpc.ClientConn
 	watch      *watching
-	health     grpc.ServerStreamingClient[healthpb.HealthCheckResponse]
 	reflection grpc.BidiStreamingClient[reflectionpb.ServerReflectionRequest, reflectionpb.ServerReflectionResponse]
 }
 
@@ -51,7 +50,6 @@ func (s *system) open(t *testing.T, pair pki.Pair) *open {
 	o := &open{t: t, conn: s.dial(s.clientTLS(pair))}
 	o.watch = watch(t, secretsv1.NewSecretsBrokerServiceClient(o.conn), ref("demo", uriKind))
 	o.watch.want("MISSING")
-	o.health = s.watchHealth(t, o.conn)
 	var err error
 	if o.reflection, err = reflectionpb.NewServerReflectionClient(o.conn).ServerReflectionInfo(callContext(t)); err != nil {
 		t.Fatal(err)
@@ -63,8 +61,7 @@ func (s *system) open(t *testing.T, pair pki.Pair) *open {
 // calls makes a call of each kind.
 func (o *open) calls() map[string]error {
 	_, list := secretsv1.NewSecretsBrokerServiceClient(o.conn).ListSecrets(callContext(o.t), &secretsv1.ListSecretsRequest{})
-	_, check := healthpb.NewHealthClient(o.conn).Check(callContext(o.t), &healthpb.HealthCheckRequest{})
-	return map[string]error{"list": list, "health check": check}
+	return map[string]error{"list": list}
 }
 
 func (o *open) works() {
@@ -96,9 +93,7 @@ func (o *open) wantOver() {
 		}
 	}
 	o.watch.wantEnd(codes.Unauthenticated, secret.CallerUnknown)
-	_, err := o.health.Recv()
-	wantReason(o.t, err, secret.CallerUnknown, "")
-	_, err = o.reflection.Recv()
+	_, err := o.reflection.Recv()
 	wantReason(o.t, err, secret.CallerUnknown, "")
 }
 
@@ -152,9 +147,6 @@ func TestCertificateIsNoneAnyMore(t *testing.T) {
 				lost.watch.wantEnd(codes.Unauthenticated, secret.CallerUnknown)
 				_, err := lost.reflection.Recv()
 				delete(err)
-				if err := lost.calls()["health check"]; err != nil {
-					t.Errorf("health check: %v", err)
-				}
 			} else {
 				lost.wantOver()
 			}

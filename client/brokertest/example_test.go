@@ -1,8 +1,10 @@
 package brokertest_test
 
 import (
+	"context"
 	"errors"
 	"testing"
+	"time"
 
 	"github.com/exto/secrets-broker/client"
 	"github.com/exto/secrets-broker/client/brokertest"
@@ -43,7 +45,10 @@ func ExampleBroker_VaultOutage() {
 	key := brokertest.MustKey(t, "demo", secret.RegistrationToken)
 
 	over := b.VaultOutage()
-	if _, err := c.Rotate(t.Context(), key, client.RotateOptions{}); !errors.Is(err, client.ErrUnavailable) {
+	// The client repeats the call until its deadline, two minutes if it has none.
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	if _, err := c.Rotate(ctx, key, client.RotateOptions{}); !errors.Is(err, client.ErrUnavailable) {
 		t.Errorf("got %v, want that it is unavailable", err)
 	}
 	over()

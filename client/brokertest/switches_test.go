@@ -33,9 +33,9 @@ func TestVaultOutage(t *testing.T) {
 		if got.Source != client.StaleOnError {
 			t.Errorf("got source %s, want %s", got.Source, client.StaleOnError)
 		}
-		_, err := fresh(t.Context(), c, key)
+		_, err := fresh(soon(t), c, key)
 		wantError(t, "a bound that can't be met", err, client.ErrUnavailable)
-		_, err = c.Put(t.Context(), key, other, client.PutOptions{})
+		_, err = c.Put(soon(t), key, other, client.PutOptions{})
 		if e, ok := errors.AsType[*client.Error](err); !ok || e.Reason != secret.VaultUnavailable || e.CommitState != secret.NotApplied {
 			t.Errorf("put: got %v, want %s, %s", err, secret.VaultUnavailable, secret.NotApplied)
 		}
@@ -55,7 +55,7 @@ func TestBounds(t *testing.T) {
 	c := b.Client("worker")
 	brokertest.MustPut(t, c, key, uri)
 	b.VaultOutage()
-	_, err := c.Get(t.Context(), key, client.GetOptions{})
+	_, err := c.Get(soon(t), key, client.GetOptions{})
 	wantError(t, "no stale answers", err, client.ErrUnavailable)
 
 	b = brokertest.New(t, brokertest.CacheTTL(time.Hour))
