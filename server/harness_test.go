@@ -44,14 +44,22 @@ import (
 	"github.com/exto/secrets-broker/server/vault/vaulttest"
 )
 
-// atOnce is how many tests run at once: most of them wait for something most of the time.
-const atOnce = "8"
+// How many tests run at once: most of them wait for something most of the time, though not
+// under the race detector.
+const (
+	atOnce       = "8"
+	atOnceRacing = "3"
+)
 
 func TestMain(m *testing.M) {
 	flag.Parse()
 	set := false
 	flag.Visit(func(f *flag.Flag) { set = set || f.Name == "test.parallel" })
-	if !set {
+	switch {
+	case set:
+	case racing():
+		_ = flag.Set("test.parallel", atOnceRacing)
+	default:
 		_ = flag.Set("test.parallel", atOnce)
 	}
 	debug.SetGCPercent(400)

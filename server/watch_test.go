@@ -19,7 +19,7 @@ import (
 )
 
 // aWhile is how long a test waits for what has to happen at once.
-const aWhile = 45 * time.Second
+const aWhile = 2 * time.Minute
 
 // watching is a watch.
 type watching struct {
