@@ -314,6 +314,28 @@ func TestHangingAuditLog(t *testing.T) {
 	}
 }
 
+// TestWatchEndsWhileTheLogHangs: who is not known any more does not go on because that
+// cannot be recorded.
+func TestWatchEndsWhileTheLogHangs(t *testing.T) {
+	t.Parallel()
+	s := newSystem(t)
+	out := &sink{}
+	s.auditTo, s.trust = out, quiet
+	s.startEmbedded()
+	w := watch(t, s.as(operator), ref("demo", uriKind))
+	w.want("MISSING")
+	hang := make(chan struct{})
+	out.set(nil, hang)
+	withoutOperator, _, _ := strings.Cut(policy, "  - identity: spiffe://console.exto/operator")
+	s.write("policy.yaml", []byte(withoutOperator))
+	s.look()
+	if e, err := w.Recv(); err == nil || w.Context().Err() != nil && errors.Is(w.Context().Err(), context.DeadlineExceeded) {
+		t.Errorf("got %v, %v, want the end of the watch", e, err)
+	}
+	out.set(nil, nil)
+	close(hang)
+}
+
 // TestDeadlineWhileItIsRecorded: a call that ends while it is recorded has its record,
 // with what was to be answered or with its end.
 func TestDeadlineWhileItIsRecorded(t *testing.T) {

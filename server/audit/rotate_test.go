@@ -183,6 +183,26 @@ func TestMovedFile(t *testing.T) {
 	}
 }
 
+// TestLink: a path that is a link leads to where files are moved and begun.
+func TestLink(t *testing.T) {
+	t.Parallel()
+	path, ctx := filepath.Join(t.TempDir(), "volume.log"), callContext(t)
+	link := filepath.Join(t.TempDir(), "audit.log")
+	ok(t, os.Symlink(path, link))
+	if _, err := audit.Open(audit.Config{Path: link}); err == nil || !strings.Contains(err.Error(), "leads nowhere") {
+		t.Errorf("a link to nothing: got %v, want that it leads nowhere", err)
+	}
+	ok(t, os.WriteFile(path, nil, 0o600))
+	l := open(t, audit.Config{Path: link, MaxBytes: 1})
+	ok(t, l.Write(ctx, call("a")))
+	ok(t, l.Write(ctx, call("b")))
+	shut(t, l)
+	if target, err := os.Readlink(link); err != nil || target != path {
+		t.Errorf("got a link to %q, %v, want it as it was", target, err)
+	}
+	holds(t, path+".1", path)
+}
+
 // TestNumbersOfOthers: the file that was written last is found, whatever its number.
 func TestNumbersOfOthers(t *testing.T) {
 	t.Parallel()

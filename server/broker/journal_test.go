@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
 	"sync"
@@ -16,6 +17,7 @@ import (
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server/broker"
 	"github.com/exto/secrets-broker/server/vault"
+	"github.com/exto/secrets-broker/server/vault/noop"
 )
 
 // ledger is a journal in memory, with faults.
@@ -352,4 +354,40 @@ func TestCutOffWritesAreSettled(t *testing.T) {
 			})
 		}
 	}
+}
+
+// TestWhatCannotBeSettled holds up no other write: it is left open, and looked for again.
+func TestWhatCannotBeSettled(t *testing.T) {
+	t.Parallel()
+	x := newCrossing(t)
+	x.wait = func(ctx context.Context, _ time.Duration) error { return ctx.Err() }
+	x.restart()
+	x.vault.SetBefore(func(_ context.Context, _ string, key secret.Key) error {
+		if strings.HasPrefix(key.String(), "instance-stuck") {
+			return vault.ErrRefused
+		}
+		return nil
+	})
+	var writes []broker.Unfinished
+	for n := range 20 {
+		writes = append(writes, broker.Unfinished{Call: another, Intent: broker.Intent{Action: broker.ActionPut, Key: keyOf(t, secret.DatabaseURI, "stuck-%d", n), OperationID: uuid.NewString()}})
+	}
+	writes = append(writes, broker.Unfinished{Call: another, Intent: broker.Intent{Action: broker.ActionPut, Key: keyOf(t, secret.DatabaseURI, "fine"), OperationID: uuid.NewString()}})
+	ctx, end := context.WithCancel(t.Context())
+	x.Settle(ctx, writes, func(n int, applied bool) {
+		if n != len(writes)-1 || applied {
+			t.Errorf("got %d settled as applied=%v, want the last alone, not applied", n, applied)
+		}
+		end()
+	})
+}
+
+// TestNoopSettlesNothing: what another store did it cannot know.
+func TestNoopSettlesNothing(t *testing.T) {
+	t.Parallel()
+	log := slog.New(slog.DiscardHandler)
+	b := broker.New(broker.Config{Vault: noop.New(log), Logger: log})
+	t.Cleanup(func() { b.Close(context.Background()) })
+	b.Settle(t.Context(), []broker.Unfinished{{Call: another, Intent: broker.Intent{Action: broker.ActionPut, Key: keyOf(t, secret.DatabaseURI, "demo"), OperationID: uuid.NewString()}}},
+		func(int, bool) { t.Error("a write of another store was settled") })
 }
