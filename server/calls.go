@@ -31,6 +31,7 @@ const (
 type call struct {
 	auditID string
 	action  authz.Permission // none for grpc.health.v1
+	health  bool             // of grpc.health.v1
 	ours    bool             // a method of the broker's own service
 	write   bool             // its errors say whether it happened
 	begun   time.Time
@@ -51,6 +52,9 @@ type call struct {
 // An audit id is made for every call, and need not be secret: the random bytes of
 // several are read at once.
 func init() { uuid.EnableRandPool() }
+
+// healthPrefix begins the methods of grpc.health.v1.
+const healthPrefix = "/grpc.health.v1.Health/"
 
 type callKey struct{}
 
@@ -91,7 +95,7 @@ func chain(metrics *grpcprom.ServerMetrics, log *slog.Logger, g *gate, refusals 
 func begin(ctx context.Context, method string) (context.Context, *call) {
 	c := &call{auditID: uuid.NewString(), begun: time.Now(), connection: connectionOf(ctx)}
 	m, ours := methods[method]
-	c.action, c.write, c.ours = m.permission, m.write, ours
+	c.action, c.write, c.ours, c.health = m.permission, m.write, ours, strings.HasPrefix(method, healthPrefix)
 	if strings.HasPrefix(method, "/grpc.reflection.") || strings.HasPrefix(method, "/grpc.channelz.") {
 		c.action = authz.Debug
 	}
@@ -174,7 +178,7 @@ func endOf(ctx context.Context, err error) error {
 func decideUnary(g *gate) grpc.UnaryServerInterceptor {
 	return func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 		c := callFrom(ctx)
-		if err := g.enter(c, info.FullMethod, &c.account.calls, g.accounts.calls); err != nil {
+		if err := g.enter(c, &c.account.calls, g.accounts.calls); err != nil {
 			return nil, g.conclude(ctx, c, err)
 		}
 		defer c.account.calls.Add(-1)
@@ -206,13 +210,13 @@ const judgeEvery = 2 * time.Second
 func decideStream(g *gate) grpc.StreamServerInterceptor {
 	return func(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
 		c := callFrom(stream.Context())
-		if err := g.enter(c, info.FullMethod, &c.account.streams, g.accounts.streams); err != nil {
+		if err := g.enter(c, &c.account.streams, g.accounts.streams); err != nil {
 			return g.conclude(stream.Context(), c, err)
 		}
 		defer c.account.streams.Add(-1)
 		ctx, end := context.WithCancelCause(stream.Context())
 		defer end(nil)
-		go func() { end(g.judgeOn(ctx, c, info.FullMethod)) }()
+		go func() { end(g.judgeOn(ctx, c)) }()
 		if c.action == authz.Debug {
 			if err := g.opened(ctx, c); err != nil {
 				return g.fail(stream.Context(), err)
@@ -224,13 +228,13 @@ func decideStream(g *gate) grpc.StreamServerInterceptor {
 }
 
 // judgeOn waits until a stream may not go on, and gives why; nil when it ended before.
-func (g *gate) judgeOn(ctx context.Context, c *call, fullMethod string) error {
+func (g *gate) judgeOn(ctx context.Context, c *call) error {
 	again := time.NewTicker(judgeEvery)
 	defer again.Stop()
 	var last *snapshot
 	for {
 		now := g.trust.now.Load()
-		err := g.judge(c, now, fullMethod)
+		err := g.judge(c, now)
 		if err == nil && now != last {
 			err = g.judgeWatch(c, now)
 		}

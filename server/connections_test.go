@@ -153,11 +153,8 @@ func TestConnectionsOfAll(t *testing.T) {
 // TestHandshakesAreCounted: what a handshake failed for, as far as the server can know.
 func TestHandshakesAreCounted(t *testing.T) {
 	t.Parallel()
-	bound := 200 * time.Millisecond
-	if racing() { // those that are to come to their end take longer
-		bound = 5 * time.Second
-	}
-	s, count := counted(t, server.Bounds{}, func(c *server.Config) { c.SetHandshakeTimeout(bound) })
+	// Long enough for those that are to come to their end beside other tests.
+	s, count := counted(t, server.Bounds{}, func(c *server.Config) { c.SetHandshakeTimeout(3 * time.Second) })
 	other, err := pki.NewCA("another CA", time.Now(), time.Hour)
 	if err != nil {
 		t.Fatal(err)

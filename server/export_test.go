@@ -28,7 +28,7 @@ func Admitting(t *Trust, state tls.ConnectionState, method string) func() error 
 	m := methods[method]
 	c := &call{action: m.permission, connection: conn}
 	g := &gate{trust: t, now: time.Now}
-	return func() error { return g.admit(c, method) }
+	return func() error { return g.admit(c) }
 }
 
 // SetPings is for those that have less time for clients that are gone.

@@ -3,11 +3,9 @@ package server
 import (
 	"fmt"
 	"log/slog"
-	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 
 	secretsv1 "github.com/exto/secrets-broker/gen/exto/secrets/v1"
 	"github.com/exto/secrets-broker/secret"
@@ -64,15 +62,15 @@ func (i identity) name() string {
 
 // admit judges a call before its request is looked at. What is in force then is so
 // for the whole of a unary call.
-func (g *gate) admit(c *call, fullMethod string) error {
+func (g *gate) admit(c *call) error {
 	c.under = g.trust.now.Load()
-	return g.judge(c, c.under, fullMethod)
+	return g.judge(c, c.under)
 }
 
 // judge is admit under some snapshot. A connection outlives the handshake that checked
 // its certificate by days, so that this asks everything again.
-func (g *gate) judge(c *call, under *snapshot, fullMethod string) error {
-	if strings.HasPrefix(fullMethod, "/"+healthpb.Health_ServiceDesc.ServiceName+"/") {
+func (g *gate) judge(c *call, under *snapshot) error {
+	if c.health {
 		// It takes a certificate, at the handshake, and no rule. Clients balance by it: one
 		// whose certificate is revoked is to hear so from its calls, and not to wait for a
 		// broker that is in good health.

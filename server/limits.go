@@ -2,18 +2,16 @@ package server
 
 import (
 	"errors"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/time/rate"
-	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/protobuf/proto"
 
-	secretsv1 "github.com/exto/secrets-broker/gen/exto/secrets/v1"
 	"github.com/exto/secrets-broker/secret"
+	"github.com/exto/secrets-broker/server/authz"
 	"github.com/exto/secrets-broker/server/broker"
 )
 
@@ -159,19 +157,20 @@ func (a *accounts) crowded(acc *account) bool {
 // enter is admit for a call that begins, which takes its place among the identity's
 // calls or streams until leave. A caller's own limits come right after the question
 // who it is, so that calls without permission count too.
-func (g *gate) enter(c *call, fullMethod string, underWay *atomic.Int64, most int64) error {
-	err := g.admit(c, fullMethod)
-	health := strings.HasPrefix(fullMethod, "/"+healthpb.Health_ServiceDesc.ServiceName+"/")
-	if refused := (*broker.Error)(nil); errors.As(err, &refused) && refused.Reason == secret.CallerUnknown {
-		return err
+func (g *gate) enter(c *call, underWay *atomic.Int64, most int64) error {
+	err := g.admit(c)
+	if err != nil {
+		if refused := (*broker.Error)(nil); errors.As(err, &refused) && refused.Reason == secret.CallerUnknown {
+			return err
+		}
 	}
-	if c.account.requests != nil && !health && !g.spend(c, fullMethod, err) {
+	if c.account.requests != nil && !c.health && !g.spend(c, err) {
 		return c.overQuota
 	}
 	if err != nil {
 		return err
 	}
-	if underWay.Add(1) > most || g.accounts.crowded(c.account) && !health {
+	if underWay.Add(1) > most || g.accounts.crowded(c.account) && !c.health {
 		underWay.Add(-1)
 		return &broker.Error{Reason: secret.CallerQuotaExceeded, RetryAfter: busyRetry,
 			Message: "this caller has too much under way; let some of its calls end, and send fewer or smaller ones at once"}
@@ -183,7 +182,7 @@ func (g *gate) enter(c *call, fullMethod string, underWay *atomic.Int64, most in
 // call is over its quota. Of VerifyToken that is judged after the look at the token:
 // one that matches is refused by no limit, since anybody can make the Console API ask
 // about wrong ones.
-func (g *gate) spend(c *call, fullMethod string, refused error) bool {
+func (g *gate) spend(c *call, refused error) bool {
 	now := g.now()
 	if c.account.requests.AllowN(now, 1) {
 		return true
@@ -192,7 +191,7 @@ func (g *gate) spend(c *call, fullMethod string, refused error) bool {
 	wait := time.Duration(max(0, missing) / g.accounts.perSecond * float64(time.Second))
 	c.overQuota = &broker.Error{Reason: secret.CallerQuotaExceeded, RetryAfter: max(wait, time.Millisecond),
 		Message: "this caller makes more requests a second than it may; try again after the time in RetryInfo"}
-	return refused == nil && fullMethod == secretsv1.SecretsBrokerService_VerifyToken_FullMethodName
+	return refused == nil && c.action == authz.Verify
 }
 
 // holdWrite counts a write among what its caller holds, until the func is called.

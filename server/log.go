@@ -7,7 +7,6 @@ import (
 	"time"
 
 	"google.golang.org/grpc/codes"
-	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 )
@@ -20,12 +19,12 @@ import (
 func logCall(ctx context.Context, log *slog.Logger, fullMethod string, err error) {
 	code := status.Code(err)
 	level := levelOf(code)
-	service, method, _ := strings.Cut(strings.TrimPrefix(fullMethod, "/"), "/")
+	c := callFrom(ctx)
 	// Health checks come every few seconds from every client.
-	if service == healthpb.Health_ServiceDesc.ServiceName || !log.Enabled(ctx, level) {
+	if c.health || !log.Enabled(ctx, level) {
 		return
 	}
-	c := callFrom(ctx)
+	service, method, _ := strings.Cut(strings.TrimPrefix(fullMethod, "/"), "/")
 	attrs := []slog.Attr{
 		slog.String("grpc.service", service),
 		slog.String("grpc.method", method),

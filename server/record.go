@@ -29,12 +29,7 @@ const (
 
 // record is the line of a call, as far as the call is known.
 func (c *call) record() (r audit.Record) {
-	c.describe(&r)
-	return r
-}
-
-func (c *call) describe(r *audit.Record) {
-	*r = audit.Record{
+	r = audit.Record{
 		ID: c.auditID, Serial: c.serial, Peer: c.address, Action: string(c.action), Decision: allowed,
 		Key: c.key.String(), Instance: c.instance.String(), RequestID: c.requestID,
 		Version: c.version, Generation: c.generation, Replayed: c.replayed.Load(), Duration: time.Since(c.begun),
@@ -47,6 +42,7 @@ func (c *call) describe(r *audit.Record) {
 			r.Keys = append(r.Keys, key.String())
 		}
 	}
+	return r
 }
 
 // conclusion says in a record how a call ended.
@@ -65,7 +61,7 @@ func conclusion(r *audit.Record, err error) {
 	case secret.CallerUnknown:
 		r.Decision = refused
 		if why := errors.Unwrap(told); why != nil {
-			r.Detail = why.Error() // one of our own constants
+			r.Detail = why.Error() // of our own words, and nothing of the certificate
 		}
 	case secret.CallerNotAllowed, secret.CallerQuotaExceeded:
 		r.Decision = refused
@@ -115,8 +111,7 @@ func errUnrecorded(ctx context.Context, c *call, err, why error) error {
 }
 
 func (g *gate) write(ctx context.Context, c *call, err error) error {
-	var r audit.Record
-	c.describe(&r)
+	r := c.record()
 	if c.ours && err != nil && !errors.As(err, new(*broker.Error)) {
 		err = &broker.Error{Reason: secret.Defect}
 	}
@@ -189,8 +184,7 @@ func (j *journal) Ended(ctx context.Context, o broker.Outcome) error {
 }
 
 func (j *journal) Settled(ctx context.Context, applied bool) {
-	r := j.call.record()
-	settle(ctx, j.log, r, applied)
+	settle(ctx, j.log, j.call.record(), applied)
 }
 
 func (j *journal) Replayed() { j.call.replayed.Store(true) }
