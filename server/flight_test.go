@@ -353,17 +353,19 @@ func TestOneCallerDoesNotTakeAllTurns(t *testing.T) {
 // reads. Verifications go first, but for one turn in four; nobody waits in vain.
 func TestRestartWhileManySecretsAreInUse(t *testing.T) {
 	t.Parallel()
-	const instances = 60
+	const gets, verifications = 120, 60
 	s := startKeyVault(t)
 	token := secret.MintToken().Reveal()
-	for n := range instances {
+	for n := range verifications {
 		s.fake.PersonSet(fmt.Sprintf("instance-%d", n), token, nil)
+	}
+	for n := range gets {
 		s.fake.PersonSet(fmt.Sprintf("instance-%d-dburi", n), uri(n), nil)
 	}
-	reads := s.shortOfReads(40)
+	reads := s.shortOfReads(60)
 	x, getter := s.in(t, "demo", "absent"), s.as(worker)
 	var wg sync.WaitGroup
-	for n := range instances {
+	for n := range gets {
 		wg.Go(func() {
 			out, err := getter.GetSecret(x.ctx, &secretsv1.GetSecretRequest{Ref: ref(fmt.Sprint(n), uriKind)})
 			if err != nil || out.GetValue() != uri(n) {
@@ -371,8 +373,8 @@ func TestRestartWhileManySecretsAreInUse(t *testing.T) {
 			}
 		})
 	}
-	reads.placed.await(x, instances, "reads that wait")
-	for n := range instances {
+	reads.placed.await(x, gets, "reads that wait")
+	for n := range verifications {
 		wg.Go(func() {
 			out, err := x.c.VerifyToken(x.ctx, &secretsv1.VerifyTokenRequest{InstanceId: fmt.Sprint(n), Token: token})
 			if err != nil || out.GetResult() != secretsv1.VerifyResult_VERIFY_RESULT_MATCH_CURRENT {
@@ -380,11 +382,11 @@ func TestRestartWhileManySecretsAreInUse(t *testing.T) {
 			}
 		})
 	}
-	reads.placed.await(x, 2*instances, "reads that wait")
+	reads.placed.await(x, gets+verifications, "reads that wait")
 	before := len(s.gotten())
 	wg.Wait()
 	names := s.gotten()
-	if len(names) != 2*instances {
+	if len(names) != gets+verifications {
 		t.Errorf("got %d requests to the vault, want one for each secret", len(names))
 	}
 	left, last := 0, 0
@@ -393,8 +395,10 @@ func TestRestartWhileManySecretsAreInUse(t *testing.T) {
 			left, last = left+1, n+1
 		}
 	}
-	if most := left*4/3 + instances/4; last > most { // and those that were on their way
-		t.Errorf("got the last of %d verifications as request %d, want it by %d", left, last, most)
+	// The vault sees them about as they were let go: on new connections some arrive
+	// late. In order of their coming, the last would be the last of all.
+	if most := left*4/3 + verifications/2; last > most {
+		t.Errorf("got the last of %d verifications as request %d of %d, want it by %d", left, last, len(names)-before, most)
 	}
 }
 
