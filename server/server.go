@@ -55,7 +55,8 @@ const (
 
 // streamWorkers is how many goroutines are kept for calls, so that their stacks are
 // grown once and not for each call; more calls than that get goroutines of their own.
-const streamWorkers = 64
+// A call keeps its worker while its record is written, so that they are many.
+const streamWorkers = 256
 
 // Config is what a Server stands on. All fields are required but Now.
 type Config struct {

@@ -29,6 +29,9 @@ var (
 )
 
 const (
+	// long is how long the callers of a write wait for it without a look at their own
+	// time. That is how much later they may leave.
+	long = 5 * time.Millisecond
 	// hangs is how long a write or an fsync may take before new records are
 	// refused at once.
 	hangs = time.Second
@@ -73,7 +76,9 @@ type Log struct {
 	mu      sync.Mutex
 	queue   []*entry
 	queued  int               // bytes of the queue
-	next    chan struct{}     // closed when the queue of now was written, or not
+	next    *batch            // of the queue; nil when that is empty
+	now     *batch            // that the writer has
+	slow    bool              // the writer takes long over what it does
 	kept    []*entry          // written before the queue, and kept until they are
 	open    map[string][]byte // by id: bodies of the intents without outcome
 	syncing []*entry          // written intents that wait for an fsync
@@ -94,6 +99,12 @@ type Log struct {
 	writes, syncs       outage
 
 	writer
+}
+
+// batch is what the callers of one write wait for.
+type batch struct {
+	done chan struct{} // closed when all is known, or when it takes long
+	long chan struct{} // nil unless it takes long: closed when all is known
 }
 
 // entry is a record on its way.
@@ -254,23 +265,31 @@ func (l *Log) entry(kind Type, r *Record) *entry {
 
 // put queues an entry and waits for what becomes of it.
 func (l *Log) put(ctx context.Context, e *entry) error {
-	done, err := l.enqueue(e)
+	b, err := l.enqueue(e)
 	if err != nil {
 		return err
 	}
-	select {
-	case <-done:
-		if err = e.err; err != nil {
-			return err
-		}
-		l.pool.Put(e)
-		return nil
-	case <-ctx.Done():
-		return l.leave(ctx, e)
+	// Most writes take less than to wait for two things at once would cost.
+	known := e.synced
+	if known == nil {
+		<-b.done
+		known = b.long
 	}
+	if known != nil {
+		select {
+		case <-known:
+		case <-ctx.Done():
+			return l.leave(ctx, e)
+		}
+	}
+	if e.err != nil {
+		return e.err
+	}
+	l.pool.Put(e)
+	return nil
 }
 
-func (l *Log) enqueue(e *entry) (done <-chan struct{}, err error) {
+func (l *Log) enqueue(e *entry) (*batch, error) {
 	l.mu.Lock()
 	if err := l.refusal(e); err != nil {
 		if e.keep && !l.closed {
@@ -281,15 +300,36 @@ func (l *Log) enqueue(e *entry) (done <-chan struct{}, err error) {
 	}
 	l.queue = append(l.queue, e)
 	l.queued += len(e.body)
-	if done = e.synced; done == nil {
-		if l.next == nil {
-			l.next = make(chan struct{})
+	if l.next == nil {
+		l.next = &batch{done: make(chan struct{})}
+		if l.slow {
+			l.next.takesLong()
 		}
-		done = l.next
 	}
+	b, first := l.next, len(l.queue) == 1
 	l.mu.Unlock()
-	l.poke()
-	return done, nil
+	if first { // for the others it was done
+		l.poke()
+	}
+	return b, nil
+}
+
+// takesLong has those who wait look at their own time from now on. The log's mu is held,
+// as in end.
+func (b *batch) takesLong() {
+	if b != nil && b.long == nil {
+		b.long = make(chan struct{})
+		close(b.done)
+	}
+}
+
+// end is for when all is known.
+func (b *batch) end() {
+	if b.long != nil {
+		close(b.long)
+	} else {
+		close(b.done)
+	}
 }
 
 // refusal is why an entry isn't even queued. The caller holds mu.

@@ -52,15 +52,19 @@ type writer struct {
 func (l *Log) writeAll() error {
 	ticker := time.NewTicker(tick)
 	defer ticker.Stop()
+	late := time.AfterFunc(long, l.takesLong)
+	defer late.Stop()
 	for {
+		late.Stop()
 		select {
 		case <-l.wake:
-			// Those whom the last batch has just answered may come at once with
-			// their next: let them board.
-			runtime.Gosched()
+			late.Reset(long)
+			l.board()
 		case <-l.reopen:
+			late.Reset(long)
 			l.checkPath()
 		case <-ticker.C:
+			late.Reset(long)
 			l.checkPath()
 			l.takeCounts()
 			if l.ticks++; l.ticks%headEvery == 0 {
@@ -87,12 +91,26 @@ func (l *Log) writeAll() error {
 	}
 }
 
+// board lets those come who are ready to: whom the last batch has just answered may
+// come at once with their next. A write costs more than to look a few times.
+func (l *Log) board() {
+	const most = 8 // looks, or a crowd that never ends would have no write
+	for before, looks := 0, 0; looks < most; looks++ {
+		runtime.Gosched()
+		l.mu.Lock()
+		n := len(l.queue)
+		l.mu.Unlock()
+		if n == before {
+			return
+		}
+		before = n
+	}
+}
+
 // flush writes all that waits with one write, and answers.
 func (l *Log) flush() error {
-	done, size := l.take()
-	if done != nil {
-		defer close(done)
-	}
+	size := l.take()
+	defer l.tell()
 	if len(l.batch) == 0 && !l.moved {
 		return nil
 	}
@@ -124,9 +142,28 @@ func (l *Log) flush() error {
 	return err
 }
 
-// take makes the batch of what waits, and gives what its callers wait for and how
-// many bytes it will have at most.
-func (l *Log) take() (done chan struct{}, size int) {
+// tell is for when it is known what became of what was taken.
+func (l *Log) tell() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.slow = false
+	if l.now != nil {
+		l.now.end()
+		l.now = nil
+	}
+}
+
+// takesLong is for when the writer is at it for long.
+func (l *Log) takesLong() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.slow = true
+	l.now.takesLong()
+	l.next.takesLong()
+}
+
+// take makes the batch of what waits, and gives how many bytes it will have at most.
+func (l *Log) take() (size int) {
 	l.batch = append(l.batch[:0], l.torn...)
 	l.torn = nil
 	l.mu.Lock()
@@ -152,8 +189,8 @@ func (l *Log) take() (done chan struct{}, size int) {
 	}
 	l.queue, l.spare = l.spare[:0], l.queue
 	l.queued = 0
-	done, l.next = l.next, nil
-	return done, size
+	l.now, l.next = l.next, nil
+	return size
 }
 
 // writeBatch writes the batch. When that fails, what was written of it is cut off
