@@ -45,7 +45,8 @@ generate: ## make gen/ from proto/
 
 # A program of its own, not "go run", as above. Its stores are in TMPDIR, and removed.
 bench: build ## measure the broker beside an empty gRPC server, and write docs/performance.md; QUICK=1 prints only
-	@go build -o bin/bench ./internal/bench && exec bin/bench -broker bin/broker $(if $(QUICK),-quick,-docs docs)
+	@go build -tags unrecorded -o bin/unrecorded ./cmd/broker
+	@go build -o bin/bench ./internal/bench && exec bin/bench -broker bin/broker -unrecorded bin/unrecorded $(if $(QUICK),-quick,-docs docs)
 
 soak: ## random faults against one secret, SEEDS (2000) times over
 	BROKER_TEST_SEEDS=$(SEEDS) go test -count 1 -timeout 60m -run '^(TestRandomFaults|TestLinearizable)$$' ./server

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/exto/secrets-broker/server"
+	"github.com/exto/secrets-broker/server/audit"
 	"github.com/exto/secrets-broker/server/broker"
 	"github.com/exto/secrets-broker/server/vault"
 	"github.com/exto/secrets-broker/server/vault/embedded"
@@ -191,6 +192,9 @@ func (c serveCommand) serve(ctx context.Context, s streams, listening func(net.A
 	}
 	defer func() { err = errors.Join(err, store.Close()) }()
 	log.LogAttrs(ctx, slog.LevelInfo, "broker starts", buildAttrs()...)
+	if !audit.Recording {
+		log.Warn("this build is for measuring alone: it keeps no record of reads and refusals")
+	}
 	logStore(log, store.Info())
 	auditLog, err := c.openAudit(force, s.out, log, metrics)
 	if err != nil {

@@ -35,6 +35,7 @@ func yesOrNo(holds bool) string {
 const (
 	cpuBar    = 1.00
 	cpuAim    = 0.80
+	auditBar  = 1.15
 	floodBar  = 3.00
 	batchBar  = 2.00
 	updateBar = 0.85
@@ -67,6 +68,9 @@ func (r *report) bars() (all []bar) {
 				atLeast(fmt.Sprintf("%vs a second ÷ the floor's, %d callers", c, callers), ratios(rounds, rate), 1),
 				atMost(fmt.Sprintf("p99 of a %v ÷ the floor's, %d callers", c, callers), ratios(rounds, p99), 1))
 		}
+	}
+	for _, c := range auditedCalls {
+		all = append(all, atMost(fmt.Sprintf("CPU of a %v with its record ÷ without, %d callers", c, cpuCallers), ratios(r.audit[c], cpu), auditBar))
 	}
 	all = append(all,
 		atMost(fmt.Sprintf("p99 of a cached Get under a flood of Puts ÷ without, %d callers", floodCallers), ratios(r.flood.rounds, p99), floodBar),

@@ -35,6 +35,7 @@ type floodResult struct {
 // callTargets are the servers that calls are measured on.
 type callTargets struct {
 	floor, embedded, keyVault *target
+	unrecorded                *target // as embedded
 	stop                      func()
 }
 
@@ -68,7 +69,11 @@ func (b *bench) startTargets(ctx context.Context) (t callTargets, err error) {
 		return t, err
 	}
 	running = append(running, t.keyVault.child)
-	for _, filled := range []*target{t.embedded, t.keyVault} {
+	if t.unrecorded, err = startBroker(ctx, b.unrecorded, b.dir, embeddedStore(filepath.Join(b.dir, "unrecorded"))...); err != nil {
+		return t, err
+	}
+	running = append(running, t.unrecorded.child)
+	for _, filled := range []*target{t.embedded, t.keyVault, t.unrecorded} {
 		if err := filled.fill(ctx, instances); err != nil {
 			return t, err
 		}
@@ -122,6 +127,7 @@ func (b *bench) warmUp(ctx context.Context, t callTargets) error {
 	for _, s := range []step{
 		{on: t.floor, call: cachedGet}, {on: t.floor, call: verifyToken},
 		{on: t.embedded, call: cachedGet}, {on: t.embedded, call: verifyToken}, {on: t.embedded, call: put},
+		{on: t.unrecorded, call: cachedGet}, {on: t.unrecorded, call: verifyToken},
 		{on: t.keyVault, call: coldGet},
 	} {
 		if err := s.run(ctx, b, callerCounts[len(callerCounts)-1]); err != nil {
@@ -199,6 +205,32 @@ func (b *bench) measureRound(ctx context.Context, t callTargets, round, callers 
 		pairs[coldGet], pairs[put] = pair{cold.sample, floorGet.sample}, pair{puts.sample, floorGet.sample}
 	}
 	return pairs, nil
+}
+
+// auditedCalls are those that are measured with and without a record.
+var auditedCalls = []call{cachedGet, verifyToken}
+
+// measureAudit measures what the record of a call costs: the broker as it is, beside one
+// that differs in nothing else.
+func (b *bench) measureAudit(ctx context.Context, t callTargets) (map[call][]pair, error) {
+	rounds := map[call][]pair{}
+	for round := range b.rounds {
+		b.say("calls with and without their records: round %d of %d", round+1, b.rounds)
+		for _, c := range auditedCalls {
+			with, without := &step{on: t.embedded, call: c}, &step{on: t.unrecorded, call: c}
+			order := []*step{with, without}
+			if round%2 == 1 {
+				slices.Reverse(order)
+			}
+			for _, s := range order {
+				if err := s.run(ctx, b, cpuCallers); err != nil {
+					return nil, err
+				}
+			}
+			rounds[c] = append(rounds[c], pair{with.sample, without.sample})
+		}
+	}
+	return rounds, nil
 }
 
 // measureFlood measures cached Gets while other callers put as fast as they can,

@@ -56,9 +56,11 @@ func runChild(ctx context.Context, command string, arguments []string) error {
 // bench is one run.
 type bench struct {
 	plan
-	broker   string // the program
-	dir      string // of certificates and stores
-	progress io.Writer
+	broker string // the program
+	// unrecorded is the same without the lines of the audit log.
+	unrecorded string
+	dir        string // of certificates and stores
+	progress   io.Writer
 }
 
 // plan is how much of it there is.
@@ -83,6 +85,7 @@ func run(ctx context.Context, arguments []string, out, progress io.Writer) (err 
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	broker := flags.String("broker", "bin/broker", "the broker's `program`")
 	docs := flags.String("docs", "", "the `folder` to write performance.md and performance.svg to")
+	unrecorded := flags.String("unrecorded", "bin/unrecorded", "the same `program`, built with the tag unrecorded")
 	quick := flags.Bool("quick", false, "fewer and shorter rounds, and no store of a million secrets")
 	rounds := flags.Int("rounds", 0, "how many `rounds`; 7, or 3 if quick")
 	data := flags.String("data", os.TempDir(), "a `folder` for certificates and stores, which are removed afterwards")
@@ -103,6 +106,9 @@ func run(ctx context.Context, arguments []string, out, progress io.Writer) (err 
 		b.rounds = *rounds
 	}
 	if b.broker, err = filepath.Abs(*broker); err != nil {
+		return err
+	}
+	if b.unrecorded, err = filepath.Abs(*unrecorded); err != nil {
 		return err
 	}
 	if b.dir, err = os.MkdirTemp(*data, "secrets-broker-bench-"); err != nil {
@@ -126,7 +132,7 @@ func (b *bench) measure(ctx context.Context) (r *report, err error) {
 	if r.fsync, err = fsyncTime(b.dir); err != nil {
 		return nil, err
 	}
-	if r.calls, r.flood, err = b.measureServers(ctx); err != nil {
+	if r.calls, r.audit, r.flood, err = b.measureServers(ctx); err != nil {
 		return nil, err
 	}
 	if r.durable, err = b.measureDurable(ctx); err != nil {
@@ -136,20 +142,22 @@ func (b *bench) measure(ctx context.Context) (r *report, err error) {
 	return r, err
 }
 
-func (b *bench) measureServers(ctx context.Context) ([]callResult, floodResult, error) {
+func (b *bench) measureServers(ctx context.Context) (calls []callResult, audit map[call][]pair, flood floodResult, err error) {
 	b.say("starting and filling the servers")
 	targets, err := b.startTargets(ctx)
 	if err != nil {
-		return nil, floodResult{}, err
+		return nil, nil, flood, err
 	}
 	defer targets.stop()
 	if err := b.warmUp(ctx, targets); err != nil {
-		return nil, floodResult{}, err
+		return nil, nil, flood, err
 	}
-	calls, err := b.measureCalls(ctx, targets)
-	if err != nil {
-		return nil, floodResult{}, err
+	if calls, err = b.measureCalls(ctx, targets); err != nil {
+		return nil, nil, flood, err
 	}
-	flood, err := b.measureFlood(ctx, targets)
-	return calls, flood, err
+	if audit, err = b.measureAudit(ctx, targets); err != nil {
+		return nil, nil, flood, err
+	}
+	flood, err = b.measureFlood(ctx, targets)
+	return calls, audit, flood, err
 }

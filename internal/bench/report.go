@@ -20,6 +20,7 @@ type report struct {
 	date    time.Time
 	fsync   time.Duration
 	calls   []callResult
+	audit   map[call][]pair // with the audit log, beside without
 	flood   floodResult
 	durable durableResult
 	sizes   []sizeResult
