@@ -181,7 +181,7 @@ func (v *Vault) Close() error {
 
 // Set stores a new version.
 func (v *Vault) Set(ctx context.Context, key secret.Key, nv vault.NewVersion) (vault.Properties, error) {
-	if err := vault.CheckTags(nv.Tags); err != nil {
+	if err := nv.Tags.Check(); err != nil {
 		return vault.Properties{}, err
 	}
 	value, enabled := nv.Value.Reveal(), true
@@ -250,7 +250,7 @@ func (v *Vault) Get(ctx context.Context, key secret.Key, version string) (vault.
 
 // Update sets the attributes and replaces the tags of one version.
 func (v *Vault) Update(ctx context.Context, key secret.Key, version string, patch vault.Patch) (vault.Properties, error) {
-	if err := vault.CheckTags(patch.Tags); err != nil {
+	if err := patch.Tags.Check(); err != nil {
 		return vault.Properties{}, err
 	}
 	if !isVersion(version) {
