@@ -90,6 +90,7 @@ type Config struct {
 type Vault struct {
 	client *azsecrets.Client
 	own    *http.Transport // nil if it is the caller's
+	now    func() time.Time
 }
 
 var _ client.Getter = (*Vault)(nil)
@@ -117,7 +118,7 @@ func New(vaultURL string, cfg Config) (*Vault, error) {
 	if cfg.Retry.MaxRetryDelay == 0 {
 		cfg.Retry.MaxRetryDelay = maxRetryDelay
 	}
-	v := &Vault{}
+	v := &Vault{now: time.Now}
 	if cfg.Transport == nil {
 		v.own = keyvaultsdk.NewTransport()
 		cfg.Transport = v.own
@@ -267,7 +268,7 @@ func (v *Vault) older(ctx context.Context, now reading, id string) (client.GetRe
 	switch {
 	case !now.all.Served(version):
 		return client.GetResult{}, refuse(codes.FailedPrecondition, secret.VersionExpired, "this version is from before the secret was deleted and overwritten; read the current one")
-	case !expires.IsZero() && !time.Now().Before(expires):
+	case !expires.IsZero() && !v.now().Before(expires):
 		return client.GetResult{}, refuse(codes.FailedPrecondition, secret.VersionExpired, "this version was replaced by a rotation and its grace is over; read the current one")
 	case !version.Enabled:
 		return client.GetResult{}, refuse(codes.FailedPrecondition, secret.SecretDisabled, "this version is disabled in the vault; read the current one")

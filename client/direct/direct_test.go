@@ -71,7 +71,7 @@ func server(t *testing.T, handler http.HandlerFunc) (direct.Config, *hears) {
 		},
 	}
 	t.Cleanup(transport.CloseIdleConnections)
-	return direct.Config{Credential: credential, Transport: transport, Retry: policy.RetryOptions{RetryDelay: -1}}, credential
+	return direct.Config{Credential: credential, Transport: transport, Retry: policy.RetryOptions{RetryDelay: time.Millisecond}}, credential
 }
 
 const challenge = `Bearer authorization="https://login.microsoftonline.com/tenant", resource="https://vault.azure.net"`

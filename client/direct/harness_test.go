@@ -38,7 +38,7 @@ func start(t *testing.T) *keyvaultfake.Fake {
 	return f
 }
 
-// config leads to f as its principal p. Retries come at once.
+// config leads to f as its principal p. Retries come soon.
 func config(t *testing.T, f *keyvaultfake.Fake, p keyvaultfake.Principal) direct.Config {
 	t.Helper()
 	transport := f.Transport()
@@ -49,7 +49,7 @@ func config(t *testing.T, f *keyvaultfake.Fake, p keyvaultfake.Principal) direct
 	if err != nil {
 		t.Fatal(err)
 	}
-	return direct.Config{Credential: credential, Transport: transport, Retry: policy.RetryOptions{RetryDelay: -1}}
+	return direct.Config{Credential: credential, Transport: transport, Retry: policy.RetryOptions{RetryDelay: time.Millisecond}}
 }
 
 func open(t *testing.T, f *keyvaultfake.Fake, cfg direct.Config) *direct.Vault {

@@ -34,6 +34,7 @@ func newBoth(t *testing.T) *both {
 	t.Helper()
 	f := start(t)
 	b := &both{t: t, fake: f, direct: open(t, f, config(t, f, f.Broker())), key: keyOf(t, "instance-acme-dburi")}
+	direct.SetNow(b.direct, f.Now)
 	b.start()
 	return b
 }
