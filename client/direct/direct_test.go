@@ -110,19 +110,20 @@ func TestAnswersOfNoVault(t *testing.T) {
 	for name, tt := range map[string]struct {
 		answer http.HandlerFunc
 		want   secret.Reason
+		unread bool // and nothing of what the SDK says of it is told
 	}{
 		"a redirect": {func(w http.ResponseWriter, r *http.Request) {
 			http.Redirect(w, r, "https://elsewhere.example/", http.StatusTemporaryRedirect)
-		}, secret.VaultUnavailable},
-		"no JSON":         {body(200, canary), secret.VaultUnavailable},
-		"another type":    {body(200, `{"value":["`+canary+`"]}`), secret.VaultUnavailable},
-		"no attributes":   {body(200, `{"value":"`+canary+`"}`), secret.VaultUnavailable},
-		"no value":        {body(200, `{"id":"https://acme.vault.azure.net/secrets/instance-acme/0123","attributes":{"created":1}}`), secret.VaultUnavailable},
-		"an error's body": {body(400, `{"error":{"code":"`+canary+" "+canary+`","message":"`+canary+`"}}`), secret.VaultUnavailable},
+		}, secret.VaultUnavailable, false},
+		"no JSON":         {body(200, canary), secret.VaultUnavailable, true},
+		"another type":    {body(200, `{"value":["`+canary+`"]}`), secret.VaultUnavailable, true},
+		"no attributes":   {body(200, `{"value":"`+canary+`"}`), secret.VaultUnavailable, true},
+		"no value":        {body(200, `{"id":"https://acme.vault.azure.net/secrets/instance-acme/0123","attributes":{"created":1}}`), secret.VaultUnavailable, true},
+		"an error's body": {body(400, `{"error":{"code":"`+canary+" "+canary+`","message":"`+canary+`"}}`), secret.VaultUnavailable, false},
 		"no tenant": {func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("WWW-Authenticate", `Bearer authorization="x", resource="https://vault.azure.net"`)
 			w.WriteHeader(http.StatusUnauthorized)
-		}, secret.VaultRefused},
+		}, secret.VaultRefused, false},
 		"a link that leads away": {func(w http.ResponseWriter, r *http.Request) {
 			switch {
 			case r.Header.Get("Authorization") == "":
@@ -133,7 +134,7 @@ func TestAnswersOfNoVault(t *testing.T) {
 			default:
 				body(403, `{"error":{"code":"Forbidden","innererror":{"code":"SecretDisabled"}}}`)(w, r)
 			}
-		}, secret.VaultUnavailable},
+		}, secret.VaultUnavailable, true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -143,7 +144,10 @@ func TestAnswersOfNoVault(t *testing.T) {
 				t.Fatal(err)
 			}
 			_, err = v.Get(t.Context(), keyOf(t, "instance-acme"), client.GetOptions{})
-			wantReason(t, "Get", err, tt.want)
+			e := wantReason(t, "Get", err, tt.want)
+			if unread := strings.Contains(e.Message, "an answer that cannot be read"); unread != tt.unread {
+				t.Errorf("got %q, want it to say that the answer cannot be read: %v", e.Message, tt.unread)
+			}
 		})
 	}
 }
