@@ -100,8 +100,7 @@ func (v Version) touched() int {
 }
 
 // List is all versions of a secret, the current one first, then newest first, as
-// Arrange puts them. Of nil every method knows no better than that there is no
-// other.
+// Arrange puts them. What nil says of the current version is true.
 type List []Version
 
 // Arrange puts l in order. The vault counts whole seconds, so the order cannot always
