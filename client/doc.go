@@ -36,6 +36,10 @@
 // When somebody refuses the value, Unauthorized reads it again, however many ask
 // at once. NewInstance holds the three secrets of one instance.
 //
+// Package client/direct is for instances that have nothing but a managed identity: it
+// gives a Getter that reads Key Vault itself, and Sources and Instances work over it
+// too.
+//
 // # Tokens that others send
 //
 // Verify says whether a token is an instance's, without a right to read any. A
@@ -81,4 +85,9 @@
 // that callers act on there are variables for errors.Is, such as ErrNotFound;
 // context.DeadlineExceeded and context.Canceled match too, whichever side gave
 // up. No error holds any part of a value.
+//
+// # Tests
+//
+// Package client/brokertest runs a whole broker inside a program's test, with switches
+// for what may go wrong.
 package client

@@ -112,8 +112,14 @@ func (e *Error) Error() string {
 }
 
 // Unwrap is the gRPC status error, for status.FromError and the details that
-// Error has no field for, such as BadRequest.
-func (e *Error) Unwrap() error { return e.err }
+// Error has no field for, such as BadRequest. For an Error that no broker gave it
+// is made of Code and Message.
+func (e *Error) Unwrap() error {
+	if e.err == nil {
+		return status.Error(e.Code, e.Message)
+	}
+	return e.err
+}
 
 // Is reports whether e is a case of target, one of the variables of this package
 // or of the two errors of package context.

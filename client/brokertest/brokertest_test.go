@@ -99,6 +99,43 @@ func TestNew(t *testing.T) {
 	wantValue(t, "recovered", brokertest.MustGet(t, c, key).Value, other)
 }
 
+func TestMustVerify(t *testing.T) {
+	t.Parallel()
+	b := brokertest.New(t)
+	c := b.Client("console-api")
+	made := brokertest.MustRotate(t, c, brokertest.MustKey(t, "demo", secret.RegistrationToken), client.RotateOptions{AllowMissing: true})
+	if got := brokertest.MustVerify(t, c, "demo", made.Value); got.Match != client.MatchCurrent || got.Generation != 1 {
+		t.Errorf("the token: got %+v, want a match of generation 1", got)
+	}
+	if got := brokertest.MustVerify(t, c, "demo", other); got.Match != client.NoMatch {
+		t.Errorf("another: got %+v, want no match", got)
+	}
+}
+
+// What is done once MustWatch has returned is seen as what it is.
+func TestMustWatch(t *testing.T) {
+	t.Parallel()
+	b := brokertest.New(t)
+	c, key, token := b.Client("console-api"), dbKey(t), brokertest.MustKey(t, "demo", secret.RegistrationToken)
+	put := brokertest.MustPut(t, c, key, uri)
+	next := brokertest.MustWatch(t, c, key, token)
+	rotated := brokertest.MustRotate(t, c, key, client.RotateOptions{NewValue: other})
+	present := map[secret.Key]client.Change{}
+	for range 2 {
+		change := next()
+		present[change.Key] = change
+	}
+	if got := present[key]; got.Type != client.ChangeCurrent || got.Version != put.Version {
+		t.Errorf("got %+v, want the version that was there", got)
+	}
+	if got := present[token]; got.Type != client.ChangeMissing {
+		t.Errorf("got %+v, want that there is no token", got)
+	}
+	if got := next(); got.Type != client.ChangeRotated || got.Version != rotated.Version {
+		t.Errorf("got %+v, want the rotation to %s", got, rotated.Version)
+	}
+}
+
 // soon ends calls that the client would otherwise repeat until their own deadline.
 func soon(t *testing.T) context.Context {
 	t.Helper()
@@ -242,6 +279,11 @@ func TestFailures(t *testing.T) {
 		}},
 		{"delete", []string{"delete instance-demo-dburi", "SECRET_NOT_FOUND"}, func(t testing.TB) { brokertest.MustDelete(t, worker, key) }},
 		{"recover", []string{"recover instance-demo-dburi", "SECRET_NOT_FOUND"}, func(t testing.TB) { brokertest.MustRecover(t, worker, key) }},
+		{"verify whom", []string{"instance id", "100"}, func(t testing.TB) { brokertest.MustVerify(t, worker, "No Id", uri) }},
+		{"verify", []string{"verify instance-demo:", "CALLER_NOT_ALLOWED"}, func(t testing.TB) { brokertest.MustVerify(t, instance, "demo", uri) }},
+		{"watch", []string{"watch [instance-another]:", "CALLER_NOT_ALLOWED"}, func(t testing.TB) {
+			brokertest.MustWatch(t, instance, brokertest.MustKey(t, "another", secret.RegistrationToken))
+		}},
 		{"policy", []string{"policy", "line 1"}, func(t testing.TB) { brokertest.New(t, brokertest.Policy("rules: []")) }},
 		{"identity", []string{"console-api"}, func(t testing.TB) { brokertest.New(t).Client("a space") }},
 		{"deny whom", []string{"no rule", "instance/demo"}, func(t testing.TB) { brokertest.New(t).Deny("instance/demo") }},

@@ -1,7 +1,10 @@
 package brokertest
 
 import (
+	"context"
+	"iter"
 	"testing"
+	"time"
 
 	"github.com/exto/secrets-broker/client"
 	"github.com/exto/secrets-broker/secret"
@@ -59,6 +62,54 @@ func MustRecover(t testing.TB, c *client.Client, key secret.Key) client.Metadata
 	m, err := c.Recover(t.Context(), key, client.RecoverOptions{})
 	check(t, "recover", key, err)
 	return m
+}
+
+// MustVerify is c.Verify. An error fails t; a wrong token is none, but a NoMatch.
+func MustVerify(t testing.TB, c *client.Client, instanceID string, token secret.Value) client.VerifyResult {
+	t.Helper()
+	key := MustKey(t, instanceID, secret.RegistrationToken)
+	r, err := c.Verify(t.Context(), key.InstanceID(), token)
+	check(t, "verify", key, err)
+	return r
+}
+
+// watchPatience is far longer than any change takes.
+const watchPatience = 30 * time.Second
+
+// MustWatch is c.Watch until t ends. It returns when the present states are there, so
+// that what is done from then on is seen. Each call of next gives one change, the
+// present states first, in no promised order, and waits for it. An error, and no
+// change for 30 s, fail t.
+func MustWatch(t testing.TB, c *client.Client, keys ...secret.Key) (next func() client.Change) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	pull, stop := iter.Pull2(c.Watch(ctx, keys...))
+	t.Cleanup(func() {
+		cancel()
+		stop()
+	})
+	wait := func() client.Change {
+		t.Helper()
+		defer time.AfterFunc(watchPatience, cancel).Stop()
+		change, err, _ := pull()
+		if err != nil {
+			t.Fatalf("brokertest: watch %v: %v", keys, err)
+		}
+		return change
+	}
+	present := []client.Change{wait()} // or why there is none
+	for len(present) < len(keys) {
+		present = append(present, wait())
+	}
+	return func() client.Change {
+		t.Helper()
+		if len(present) == 0 {
+			return wait()
+		}
+		change := present[0]
+		present = present[1:]
+		return change
+	}
 }
 
 func check(t testing.TB, what string, key secret.Key, err error) {

@@ -34,7 +34,8 @@ func TestImports(t *testing.T) {
 		never     []string // beginnings of paths
 	}{
 		{module + "cmd/broker", module + "server/vault/keyvault", []string{module + "internal/keyvaultfake", module + "server/vault/vaulttest", module + "client"}},
-		{module + "client", module + "gen/exto/secrets/v1", []string{module + "server", module + "client/brokertest", "github.com/Azure/", "github.com/AzureAD/"}},
+		{module + "client", module + "gen/exto/secrets/v1", []string{module + "server", module + "internal/", module + "client/", "github.com/Azure/", "github.com/AzureAD/"}},
+		{module + "client/direct", module + "client", []string{module + "server", module + "internal/keyvaultfake", module + "client/brokertest"}},
 	} {
 		out, err := exec.Command("go", "list", "-deps", test.root).Output()
 		if err != nil {

@@ -64,7 +64,7 @@ func (b *Broker) entryOf(s *snapshot) *entry {
 	e.change, e.op = b.lastChange(s)
 	e.State = s.state
 	if s.state == Active || s.state == Disabled {
-		e.previous, e.graceEnd = strings.Clone(s.current.previous), s.current.graceEnd
+		e.previous, e.graceEnd = strings.Clone(s.current.Previous), s.current.GraceEnd
 	}
 	if s.state != Active {
 		e.value = secret.Value{}

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/exto/secrets-broker/internal/versions"
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server/vault"
 )
@@ -27,7 +28,7 @@ type DeleteRequest struct {
 // delete. Whoever has the next operation on a secret that is marked but live
 // goes on from there. The result is nil when there was nothing to delete.
 func (b *Broker) Delete(ctx context.Context, call Call, req DeleteRequest) (*Metadata, error) {
-	op := newOperation(call, req.Key, letterDelete, req.RequestID)
+	op := newOperation(call, req.Key, versions.LetterDelete, req.RequestID)
 	return do(b, ctx, op, func(ctx context.Context) (*Metadata, error) {
 		s, base, replay, err := b.prepare(ctx, op)
 		if err != nil {
@@ -67,13 +68,13 @@ func (b *Broker) Delete(ctx context.Context, call Call, req DeleteRequest) (*Met
 
 		now := b.now()
 		r := b.carried(s, base)
-		if s.current.deleted != nil { // of a delete that a person undid by enabling
-			r.others = s.deletesAndOthers(base)
+		if s.current.Deleted != nil { // of a delete that a person undid by enabling
+			r.Others = s.deletesAndOthers(base)
 		}
-		r.deleted = &mark{at: now, wasEnabled: s.state == Active, id: op.id}
-		r.endGrace(now)
+		r.Deleted = &versions.Mark{At: now, WasEnabled: s.state == Active, ID: op.id}
+		r.EndGrace(now)
 		if err := b.update(ctx, op, s, r, false, func(landed version) bool {
-			return landed.deleted != nil && landed.deleted.id == op.id
+			return landed.Deleted != nil && landed.Deleted.ID == op.id
 		}); err != nil {
 			return nil, err
 		}
@@ -168,7 +169,7 @@ type RecoverRequest struct {
 // takes the mark away and restores what it says. Until that Update the secret
 // is still Deleted, unless somebody else deleted it and there is no mark.
 func (b *Broker) Recover(ctx context.Context, call Call, req RecoverRequest) (Metadata, error) {
-	op := newOperation(call, req.Key, letterRecover, req.RequestID)
+	op := newOperation(call, req.Key, versions.LetterRecover, req.RequestID)
 	return do(b, ctx, op, func(ctx context.Context) (Metadata, error) {
 		s, base, replay, err := b.prepare(ctx, op)
 		if err != nil {
@@ -190,7 +191,7 @@ func (b *Broker) Recover(ctx context.Context, call Call, req RecoverRequest) (Me
 		case Active, Disabled:
 			return Metadata{}, refuse(op.key, secret.SecretNotDeleted, "the secret is not deleted, so there is nothing to recover")
 		}
-		marked := s.current.marked()
+		marked := s.current.Marked()
 		if !s.live {
 			if err := b.bringBack(ctx, op); err != nil {
 				if vault.IsUncertain(err) && marked {
@@ -202,7 +203,7 @@ func (b *Broker) Recover(ctx context.Context, call Call, req RecoverRequest) (Me
 			if base, err = b.afterRecover(ctx, s); err != nil {
 				return Metadata{}, b.recovered(ctx, op, marked, err)
 			}
-			marked = s.current.marked()
+			marked = s.current.Marked()
 		}
 		enabled, err := b.unmark(ctx, op, s, base)
 		if err != nil {
@@ -223,16 +224,16 @@ func (b *Broker) Recover(ctx context.Context, call Call, req RecoverRequest) (Me
 // recover on it. It reports whether the version is enabled.
 func (b *Broker) unmark(ctx context.Context, op *operation, s *snapshot, base version) (enabled bool, err error) {
 	r := b.carried(s, base)
-	r.others = append([]done{{letterRecover, op.id, s.current.Version}}, s.deletesAndOthers(base)...)
-	r.others = r.others[:min(len(r.others), s.room(base))]
+	r.Others = append([]done{{Letter: versions.LetterRecover, ID: op.id, Version: s.current.Version}}, s.deletesAndOthers(base)...)
+	r.Others = r.Others[:min(len(r.Others), s.room(base))]
 	enabled = s.current.Enabled
-	if s.current.marked() {
-		enabled = s.current.deleted.wasEnabled
+	if s.current.Marked() {
+		enabled = s.current.Deleted.WasEnabled
 	}
-	r.deleted = nil
-	r.endGrace(b.now())
+	r.Deleted = nil
+	r.EndGrace(b.now())
 	return enabled, b.update(ctx, op, s, r, enabled, func(landed version) bool {
-		return len(landed.others) > 0 && landed.others[0].id == op.id
+		return len(landed.Others) > 0 && landed.Others[0].ID == op.id
 	})
 }
 
@@ -249,11 +250,11 @@ func (b *Broker) recovered(ctx context.Context, op *operation, marked bool, err 
 // version is not the broker's own, it takes over what must not be lost from the
 // last one that is.
 func (b *Broker) carried(s *snapshot, base version) record {
-	r := s.current.record
-	if base.Version != s.current.Version && len(r.others) == 0 {
-		r.others = s.history(base)
-		r.others = r.others[:min(len(r.others), remembered)]
-		r.first = base.first
+	r := s.current.Record
+	if base.Version != s.current.Version && len(r.Others) == 0 {
+		r.Others = s.history(base)
+		r.Others = r.Others[:min(len(r.Others), versions.Remembered)]
+		r.First = base.First
 	}
 	return r
 }
@@ -263,7 +264,7 @@ func (b *Broker) carried(s *snapshot, base version) record {
 func (s *snapshot) deletesAndOthers(base version) []done {
 	var h []done
 	for _, d := range s.history(base) {
-		if d.id != s.current.made.id {
+		if d.ID != s.current.Made.ID {
 			h = append(h, d)
 		}
 	}
@@ -274,18 +275,11 @@ func (s *snapshot) deletesAndOthers(base version) []done {
 // write that made it has a tag of its own and counts, until so many deletes and
 // recovers followed that it is forgotten; or there is none.
 func (s *snapshot) room(base version) int {
-	made := slices.IndexFunc(s.history(base), func(d done) bool { return d.id == s.current.made.id })
-	if made >= 0 && made < remembered { // one more operation is about to come before it
-		return remembered
+	made := slices.IndexFunc(s.history(base), func(d done) bool { return d.ID == s.current.Made.ID })
+	if made >= 0 && made < versions.Remembered { // one more operation is about to come before it
+		return versions.Remembered
 	}
-	return remembered + 1
-}
-
-// endGrace ends a grace that still runs.
-func (r *record) endGrace(now time.Time) {
-	if r.previous != "" && now.Before(r.graceEnd) {
-		r.graceEnd = now
-	}
+	return versions.Remembered + 1
 }
 
 // update writes r and enabled onto the current version of s, and settles an
@@ -306,7 +300,7 @@ func (b *Broker) update(ctx context.Context, op *operation, s *snapshot, r recor
 	if err != nil {
 		return err
 	}
-	s.current = newVersion(props)
+	s.current = versions.New(props)
 	s.listed = nil
 	op.wrote = s.current
 	b.see(op.key, s.current) // found again, where it was missing in between

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/exto/secrets-broker/internal/versions"
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server/vault"
 )
@@ -237,7 +238,7 @@ func (b *Broker) fly(ctx context.Context, s *shard, f *flight, call Call, before
 	case f.outdated || s.writing[f.key]:
 	case refused(err):
 		b.cache.forget(s, f.key)
-	case err == nil && o != nil && len(f.version) <= maxVersion: // a longer one is none, and not worth the memory
+	case err == nil && o != nil && len(f.version) <= versions.MaxVersion: // a longer one is none, and not worth the memory
 		b.keep(s, e)
 		b.keepOlder(e, o)
 	case e != nil:

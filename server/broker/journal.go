@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/exto/secrets-broker/internal/versions"
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server/vault"
 )
@@ -44,10 +45,10 @@ const (
 
 var (
 	letterOf = map[Action]byte{
-		ActionPut: letterPut, ActionRotate: letterRotate, ActionDelete: letterDelete, ActionRecover: letterRecover, ActionRepair: letterPut,
+		ActionPut: versions.LetterPut, ActionRotate: versions.LetterRotate, ActionDelete: versions.LetterDelete, ActionRecover: versions.LetterRecover, ActionRepair: versions.LetterPut,
 	}
 	actionOf = map[byte]Action{
-		letterPut: ActionPut, letterRotate: ActionRotate, letterDelete: ActionDelete, letterRecover: ActionRecover,
+		versions.LetterPut: ActionPut, versions.LetterRotate: ActionRotate, versions.LetterDelete: ActionDelete, versions.LetterRecover: ActionRecover,
 	}
 )
 
@@ -122,7 +123,7 @@ func (b *Broker) recordEnd(ctx context.Context, op *operation, err error) error 
 	if told := (*Error)(nil); errors.As(err, &told) && told.Commit == secret.Unknown {
 		defer b.settleLater(op)
 	}
-	o := Outcome{Err: err, Version: op.wrote.Version, Generation: op.wrote.generation}
+	o := Outcome{Err: err, Version: op.wrote.Version, Generation: op.wrote.Generation}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), recordTimeout)
 	defer cancel()
 	if unrecorded := op.Journal.Ended(ctx, o); unrecorded != nil && err == nil {

@@ -3,7 +3,6 @@ package broker
 import (
 	"context"
 	"errors"
-	"slices"
 	"time"
 
 	"github.com/exto/secrets-broker/secret"
@@ -31,7 +30,7 @@ const (
 func (b *Broker) judge(ctx context.Context, s *snapshot, asked int) error {
 	k, ok := b.knownOf(s.key)
 	switch {
-	case s.current.generation == 0: // somebody else's: it counts
+	case s.current.Generation == 0: // somebody else's: it counts
 		return nil
 	case !ok || !k.later(s.current) && !k.twin(s.current):
 		b.see(s.key, s.current)
@@ -46,9 +45,9 @@ func (b *Broker) judge(ctx context.Context, s *snapshot, asked int) error {
 	if err := b.listVersions(ctx, s); err != nil {
 		return err
 	}
-	greatest := s.greatest()
+	greatest := s.listed.Greatest()
 	switch {
-	case !greatest.later(s.current.record):
+	case !greatest.Later(s.current.Record):
 		if !k.gone && !s.current.Created.After(k.created) {
 			return errStale // so is the list
 		}
@@ -70,36 +69,13 @@ func (b *Broker) judgeTwin(ctx context.Context, s *snapshot, k known) error {
 	if err := b.listVersions(ctx, s); err != nil {
 		return err
 	}
-	at := slices.IndexFunc(s.listed, func(v version) bool { return v.Version == k.version })
-	if at >= 0 && (s.listed[at].beats(s.current) || !s.listed[at].Enabled) {
+	at := s.listed.Index(k.version)
+	if at >= 0 && (s.listed[at].Beats(s.current) || !s.listed[at].Enabled) {
 		s.putBehind(s.listed[at])
 		return b.enter(ctx, s)
 	}
 	b.see(s.key, s.current)
 	return nil
-}
-
-// beats reports whether v counts and than does not, of the broker's own versions:
-// it is later; or both are one write, and v bears a delete or recover more.
-func (v version) beats(than version) bool {
-	if v.later(than.record) || than.later(v.record) {
-		return v.later(than.record)
-	}
-	return v.made == than.made && v.Version != than.Version && v.touched() > than.touched()
-}
-
-// touched counts the deletes and recovers that v bears of its own.
-func (v version) touched() int {
-	n := 0
-	if v.deleted != nil {
-		n++
-	}
-	for _, d := range v.others {
-		if d.version == v.Version {
-			n++
-		}
-	}
-	return n
 }
 
 // hasLate reports whether there is a late version to be put down: one that can be
@@ -108,22 +84,10 @@ func (s *snapshot) hasLate() bool {
 	return s.late != nil && (s.late.Enabled || s.state == Active)
 }
 
-// greatest is the greatest of the broker's own versions; s must be listed.
-func (s *snapshot) greatest() version {
-	var greatest version
-	for _, v := range s.listed {
-		if v.generation > 0 && (greatest.generation == 0 || v.beats(greatest)) {
-			greatest = v
-		}
-	}
-	return greatest
-}
-
 // putBehind makes greatest the current version, and what the vault holds for it a
 // late one.
 func (s *snapshot) putBehind(greatest version) {
 	late := s.current
 	s.late, s.current, s.value = &late, greatest, secret.Value{}
-	at := slices.IndexFunc(s.listed, func(v version) bool { return v.Version == greatest.Version })
-	s.listed = slices.Concat([]version{greatest}, s.listed[:at], s.listed[at+1:])
+	s.listed.Lead(s.listed.Index(greatest.Version))
 }

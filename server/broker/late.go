@@ -6,6 +6,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/exto/secrets-broker/internal/versions"
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server/vault"
 )
@@ -16,19 +17,19 @@ import (
 
 // putDown puts down the late version of s, under the lock of the secret.
 func (b *Broker) putDown(ctx context.Context, op *operation, s *snapshot) error {
-	if s.current.format > currentFormat {
+	if s.current.Format > versions.CurrentFormat {
 		return refuse(op.key, secret.KeyMismatch, "a newer release wrote this secret in a format that this one cannot write; upgrade the broker")
 	}
 	b.log.Warn("a version of the secret was committed late and is put down", "key", op.key.String(), "audit_id", op.AuditID,
-		"late_version", s.late.Version, "late_generation", s.late.generation, "generation", s.current.generation)
+		"late_version", s.late.Version, "late_generation", s.late.Generation, "generation", s.current.Generation)
 	if s.state == Active {
-		b.raiseEpoch(s.current.epoch)
-		r := s.current.record
-		r.generation = max(r.generation, b.highestOf(op.key, "", false)) + 1
-		r.epoch, r.auditID = b.epoch.Load(), op.AuditID
-		r.made = done{letter: letterPut, id: uuid.NewString()}
-		r.others = slices.Clone(s.history(s.current))
-		r.others = r.others[:min(len(r.others), remembered)]
+		b.raiseEpoch(s.current.Epoch)
+		r := s.current.Record
+		r.Generation = max(r.Generation, b.highestOf(op.key, "", false)) + 1
+		r.Epoch, r.AuditID = b.epoch.Load(), op.AuditID
+		r.Made = done{Letter: versions.LetterPut, ID: uuid.NewString()}
+		r.Others = slices.Clone(s.history(s.current))
+		r.Others = r.Others[:min(len(r.Others), versions.Remembered)]
 		after, err := b.set(ctx, op, s, s.value, r)
 		if vault.IsUncertain(err) {
 			b.pend(op.key, pendingWrite{value: s.value, record: r})
@@ -75,7 +76,7 @@ func (b *Broker) repair(key secret.Key) {
 		}()
 		ctx, cancel := context.WithTimeout(context.Background(), carryOn)
 		defer cancel()
-		op := newOperation(b.own(), key, letterPut, "")
+		op := newOperation(b.own(), key, versions.LetterPut, "")
 		op.found.Action = ActionRepair
 		_, err := do(b, ctx, op, func(ctx context.Context) (struct{}, error) {
 			_, _, _, err := b.prepare(ctx, op)

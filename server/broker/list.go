@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/exto/secrets-broker/internal/versions"
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server/vault"
 )
@@ -135,7 +136,7 @@ func (b *Broker) listInstance(ctx context.Context, req ListRequest, at place) (L
 		if err != nil {
 			return ListResult{}, err
 		}
-		if !s.copied() {
+		if !s.current.Copied() {
 			b.offer(s, writes)
 		}
 		m := s.metadata(s.current)
@@ -189,7 +190,7 @@ func (b *Broker) listAll(ctx context.Context, req ListRequest, at place) (ListRe
 		for _, d := range page.Deleted {
 			if req.Visible(d.Key) {
 				s := &snapshot{key: d.Key, state: Deleted, deletedAt: d.DeletedAt, purgeAt: d.PurgeAt}
-				result.Secrets = append(result.Secrets, s.metadata(newVersion(d.Properties)))
+				result.Secrets = append(result.Secrets, s.metadata(versions.New(d.Properties)))
 			}
 		}
 		scanned += max(1, len(page.Live)+len(page.Deleted))
@@ -211,10 +212,10 @@ func (b *Broker) listAll(ctx context.Context, req ListRequest, at place) (ListRe
 // listedLive is the metadata of a name that is live in the vault, and whether
 // the secret is: a marked or hidden one is deleted all the same.
 func (b *Broker) listedLive(p vault.Properties) (Metadata, bool) {
-	v := newVersion(p)
+	v := versions.New(p)
 	s := &snapshot{key: p.Key, state: Active}
-	if v.marked() {
-		s.state, s.deletedAt = Deleted, v.deleted.at
+	if v.Marked() {
+		s.state, s.deletedAt = Deleted, v.Deleted.At
 	} else if at, ok := b.isHidden(p); ok {
 		s.state, s.deletedAt = Deleted, at
 	}

@@ -5,6 +5,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/exto/secrets-broker/internal/versions"
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server/vault"
 )
@@ -17,7 +18,7 @@ const (
 	// A write of unknown outcome is remembered so long, and at most so many of one
 	// secret.
 	pendingFor  = time.Hour
-	mostPending = remembered
+	mostPending = versions.Remembered
 )
 
 // known is the greatest version of a secret that this process wrote or saw.
@@ -34,12 +35,12 @@ type known struct {
 
 // later orders it before v as record.later does.
 func (k known) later(v version) bool {
-	return cmp.Or(cmp.Compare(k.epoch, v.epoch), cmp.Compare(k.generation, v.generation)) > 0
+	return cmp.Or(cmp.Compare(k.epoch, v.Epoch), cmp.Compare(k.generation, v.Generation)) > 0
 }
 
 // twin reports whether v is another version of the same write.
 func (k known) twin(v version) bool {
-	return k.epoch == v.epoch && k.generation == v.generation && k.version != v.Version
+	return k.epoch == v.Epoch && k.generation == v.Generation && k.version != v.Version
 }
 
 // pendingWrite is a put or rotate whose outcome is not known. Sent again by the
@@ -60,13 +61,13 @@ type hiddenVersion struct {
 
 // see remembers v if it is the greatest so far.
 func (b *Broker) see(key secret.Key, v version) {
-	if v.generation == 0 {
+	if v.Generation == 0 {
 		return
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if k, ok := b.known[key]; !ok || !k.later(v) {
-		b.known[key] = known{epoch: v.epoch, generation: v.generation, version: v.Version, created: v.Created}
+		b.known[key] = known{epoch: v.Epoch, generation: v.Generation, version: v.Version, created: v.Created}
 	}
 }
 
@@ -133,8 +134,8 @@ func (b *Broker) highestOf(key secret.Key, id string, absent bool) int64 {
 		highest = b.known[key].generation
 	}
 	for _, w := range b.pending[key] {
-		if w.made.id != id {
-			highest = max(highest, w.generation)
+		if w.Made.ID != id {
+			highest = max(highest, w.Generation)
 		}
 	}
 	return highest
@@ -146,7 +147,7 @@ func (b *Broker) pend(key secret.Key, w pendingWrite) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	for k, writes := range b.pending {
-		if writes = slices.DeleteFunc(writes, func(p pendingWrite) bool { return w.at.Sub(p.at) > pendingFor || k == key && p.made.id == w.made.id }); len(writes) > 0 {
+		if writes = slices.DeleteFunc(writes, func(p pendingWrite) bool { return w.at.Sub(p.at) > pendingFor || k == key && p.Made.ID == w.Made.ID }); len(writes) > 0 {
 			b.pending[k] = writes
 		} else {
 			delete(b.pending, k)
@@ -159,7 +160,7 @@ func (b *Broker) pend(key secret.Key, w pendingWrite) {
 func (b *Broker) pendingOf(key secret.Key, id string) (pendingWrite, bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	at := slices.IndexFunc(b.pending[key], func(p pendingWrite) bool { return p.made.id == id })
+	at := slices.IndexFunc(b.pending[key], func(p pendingWrite) bool { return p.Made.ID == id })
 	if at < 0 {
 		return pendingWrite{}, false
 	}
@@ -170,7 +171,7 @@ func (b *Broker) pendingOf(key secret.Key, id string) (pendingWrite, bool) {
 func (b *Broker) settled(key secret.Key, id string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	writes := slices.DeleteFunc(b.pending[key], func(p pendingWrite) bool { return p.made.id == id })
+	writes := slices.DeleteFunc(b.pending[key], func(p pendingWrite) bool { return p.Made.ID == id })
 	if len(writes) > 0 {
 		b.pending[key] = writes
 	} else {
@@ -186,7 +187,7 @@ func (b *Broker) mayStillApply(key secret.Key, id string) bool {
 		return false
 	}
 	k, ok := b.knownOf(key)
-	return !ok || !k.later(version{record: w.record})
+	return !ok || !k.later(version{Record: w.record})
 }
 
 // hide keeps a version from being served that is about to be live in the vault.

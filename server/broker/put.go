@@ -4,6 +4,7 @@ import (
 	"context"
 	"time"
 
+	"github.com/exto/secrets-broker/internal/versions"
 	"github.com/exto/secrets-broker/secret"
 )
 
@@ -30,7 +31,7 @@ type PutResult struct {
 // the broker's own delete keeps the old value from coming back to life, and then
 // writes the first version that is served from then on.
 func (b *Broker) Put(ctx context.Context, call Call, req PutRequest) (PutResult, error) {
-	op := newOperation(call, req.Key, letterPut, req.RequestID)
+	op := newOperation(call, req.Key, versions.LetterPut, req.RequestID)
 	op.depth = b.depthFor(req.Key, req.MustMatchVersion == "")
 	return do(b, ctx, op, func(ctx context.Context) (PutResult, error) {
 		s, base, replay, err := b.prepare(ctx, op)
@@ -105,7 +106,7 @@ type RotateResult struct {
 // version's grace is written with the new version, so that nothing is left to be
 // done afterwards.
 func (b *Broker) Rotate(ctx context.Context, call Call, req RotateRequest) (RotateResult, error) {
-	op := newOperation(call, req.Key, letterRotate, req.RequestID)
+	op := newOperation(call, req.Key, versions.LetterRotate, req.RequestID)
 	op.depth = b.depthFor(req.Key, req.MustMatchVersion == "" && req.AllowMissing)
 	return do(b, ctx, op, func(ctx context.Context) (RotateResult, error) {
 		s, base, replay, err := b.prepare(ctx, op)
@@ -155,7 +156,7 @@ func (b *Broker) Rotate(ctx context.Context, call Call, req RotateRequest) (Rota
 		var r record
 		replaces := s.state == Active || s.state == Disabled
 		if replaces {
-			r.previous, r.graceEnd = s.current.Version, b.now().Add(req.Grace)
+			r.Previous, r.GraceEnd = s.current.Version, b.now().Add(req.Grace)
 		}
 		after, err := b.store(ctx, op, s, base, value, r)
 		if err != nil {
@@ -165,7 +166,7 @@ func (b *Broker) Rotate(ctx context.Context, call Call, req RotateRequest) (Rota
 		if replaces {
 			previous := s.metadata(s.current)
 			// As the tag has it, so that a repeated call says the same.
-			previous.ExpireTime = after.current.graceEnd
+			previous.ExpireTime = after.current.GraceEnd
 			result.Previous = &previous
 		}
 		return result, nil
@@ -186,8 +187,8 @@ func (b *Broker) redoRotate(ctx context.Context, s *snapshot, d done, value secr
 		}
 	}
 	result.Metadata = s.metadata(v)
-	if v.previous != "" {
-		previous, ok, err := b.find(ctx, s, v.previous)
+	if v.Previous != "" {
+		previous, ok, err := b.find(ctx, s, v.Previous)
 		if err != nil {
 			return RotateResult{}, withCommit(vaultError(ctx, s.key, err), secret.Applied)
 		}

@@ -8,6 +8,7 @@ import (
 	"math"
 	"time"
 
+	"github.com/exto/secrets-broker/internal/versions"
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server/vault"
 )
@@ -387,10 +388,10 @@ func (b *Broker) valueOf(ctx context.Context, s *snapshot, id string) (version, 
 			return version{}, secret.Value{}, cmp.Or(err, errUnlike)
 		}
 		return version{}, secret.Value{}, refuse(s.key, secret.VersionNotFound, "the secret has no such version; DescribeSecret lists those it has")
-	case !s.served(v):
+	case !s.listed.Served(v):
 		return version{}, secret.Value{}, refuse(s.key, secret.VersionExpired, "this version is from before the secret was deleted and overwritten; read the current one")
 	}
-	if end := s.expiry(v); !end.IsZero() && !b.now().Before(end) {
+	if end := s.listed.Expiry(v, s.asOf); !end.IsZero() && !b.now().Before(end) {
 		return version{}, secret.Value{}, errExpired(s.key)
 	}
 	if !v.Enabled {
@@ -400,7 +401,7 @@ func (b *Broker) valueOf(ctx context.Context, s *snapshot, id string) (version, 
 	if err != nil {
 		return version{}, secret.Value{}, err
 	}
-	return newVersion(props), value, nil
+	return versions.New(props), value, nil
 }
 
 func errNotFound(key secret.Key) error {

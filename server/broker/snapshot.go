@@ -1,12 +1,11 @@
 package broker
 
 import (
-	"cmp"
 	"context"
 	"errors"
-	"slices"
 	"time"
 
+	"github.com/exto/secrets-broker/internal/versions"
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server/vault"
 )
@@ -30,24 +29,14 @@ type snapshot struct {
 	late *version
 	// listed holds all versions, the current one first, then newest first; nil
 	// until they were needed.
-	listed []version
+	listed versions.List
 }
 
-// version is a version with what its tags say.
-type version struct {
-	vault.Properties
-	record
-}
-
-// newVersion reads the tags of p. Those that were copied from another secret say
-// nothing of this one but that.
-func newVersion(p vault.Properties) version {
-	r := parseTags(p.Tags)
-	if r.key != "" && r.key != p.Key.String() {
-		r = record{format: r.format, key: r.key}
-	}
-	return version{p, r}
-}
+type (
+	version = versions.Version
+	record  = versions.Record
+	done    = versions.Done
+)
 
 // depth says how far a look goes.
 type depth bool
@@ -67,14 +56,11 @@ func (b *Broker) load(ctx context.Context, key secret.Key, d depth) (*snapshot, 
 	if err != nil {
 		return nil, err
 	}
-	if s.copied() {
+	if s.current.Copied() {
 		return nil, refuse(key, secret.KeyMismatch, "the vault's tag on this secret names another key; it was copied by hand, and has to be set anew or its tags removed")
 	}
 	return s, nil
 }
-
-// copied reports that the current version bears the tags of another secret.
-func (s *snapshot) copied() bool { return s.current.key != "" && s.current.key != s.key.String() }
 
 // look is load for a list, which shows copied ones too.
 func (b *Broker) look(ctx context.Context, key secret.Key, d depth) (*snapshot, error) {
@@ -132,7 +118,7 @@ func (b *Broker) loadOnce(ctx context.Context, key secret.Key, d depth, asked in
 	props, value, err := b.vault.Get(vault.WithOrigin(ctx, first), key, "")
 	switch {
 	case err == nil:
-		s.live, s.current, s.value, s.state = true, newVersion(props), value, Active
+		s.live, s.current, s.value, s.state = true, versions.New(props), value, Active
 		if err := b.judge(ctx, s, asked); err != nil {
 			return nil, half(err)
 		}
@@ -157,7 +143,7 @@ func (b *Broker) loadOnce(ctx context.Context, key secret.Key, d depth, asked in
 		if err != nil {
 			return nil, half(err)
 		}
-		s.state, s.current, s.deletedAt, s.purgeAt = Deleted, newVersion(d.Properties), d.DeletedAt, d.PurgeAt
+		s.state, s.current, s.deletedAt, s.purgeAt = Deleted, versions.New(d.Properties), d.DeletedAt, d.PurgeAt
 	default:
 		return nil, err
 	}
@@ -190,17 +176,17 @@ func half(err error) error { return halfError{err} }
 // enter sets the state, and the value, by a current version that was found in the
 // list.
 func (b *Broker) enter(ctx context.Context, s *snapshot) error {
-	switch m := s.current.deleted; {
+	switch m := s.current.Deleted; {
 	case s.current.Enabled && s.late != nil:
 		props, value, err := b.vault.Get(ctx, s.key, s.current.Version)
 		if err != nil {
 			return err
 		}
-		s.current, s.value, s.state = newVersion(props), value, Active
+		s.current, s.value, s.state = versions.New(props), value, Active
 	case s.current.Enabled:
 		return vault.ErrNotFound // changed between the two requests
 	case m != nil:
-		s.state, s.deletedAt = Deleted, m.at
+		s.state, s.deletedAt = Deleted, m.At
 	default:
 		s.state = Disabled
 	}
@@ -215,7 +201,7 @@ func (b *Broker) list(ctx context.Context, s *snapshot) error {
 	if err := b.listVersions(ctx, s); err != nil {
 		return err
 	}
-	if greatest := s.greatest(); s.late == nil && s.current.generation > 0 && greatest.beats(s.current) {
+	if greatest := s.listed.Greatest(); s.late == nil && s.current.Generation > 0 && greatest.Beats(s.current) {
 		b.see(s.key, greatest) // what the next look goes by
 		return errUnlike
 	}
@@ -229,29 +215,18 @@ func (b *Broker) listVersions(ctx context.Context, s *snapshot) error {
 		return err
 	}
 	for _, p := range all {
-		s.listed = append(s.listed, newVersion(p))
+		s.listed = append(s.listed, versions.New(p))
 	}
-	slices.SortStableFunc(s.listed, func(x, y version) int {
-		return cmp.Or(y.Created.Compare(x.Created), cmp.Compare(y.epoch, x.epoch), cmp.Compare(y.generation, x.generation))
-	})
-	// The vault counts whole seconds, so the order cannot always tell which one is
-	// current: the Get did, or that it was disabled did.
-	at := slices.IndexFunc(s.listed, func(v version) bool {
-		if s.current.Version == "" {
-			return !v.Enabled
-		}
-		return v.Version == s.current.Version
-	})
+	// Of a disabled one the vault said no more than that.
 	found := s.current.Version != ""
-	if at < 0 || found && s.listed[at].Enabled != s.current.Enabled {
+	if !s.listed.Arrange(s.current.Version) || found && s.listed[0].Enabled != s.current.Enabled {
 		s.listed = nil
 		return vault.ErrNotFound // changed between the two requests
 	}
 	if !found {
-		s.current = s.listed[at]
+		s.current = s.listed[0]
 	}
-	s.listed = slices.Concat([]version{s.listed[at]}, s.listed[:at], s.listed[at+1:])
-	if greatest := s.greatest(); !found && s.current.generation > 0 && greatest.beats(s.current) {
+	if greatest := s.listed.Greatest(); !found && s.current.Generation > 0 && greatest.Beats(s.current) {
 		s.putBehind(greatest) // a late one that was disabled already
 	}
 	return nil
@@ -261,7 +236,7 @@ func (b *Broker) listVersions(ctx context.Context, s *snapshot) error {
 // where that was not written by the broker the greatest of the broker's own. It
 // lists the versions only then. The zero version when there is none.
 func (b *Broker) base(ctx context.Context, s *snapshot) (version, error) {
-	if s.current.generation > 0 || !s.live {
+	if s.current.Generation > 0 || !s.live {
 		return s.current, nil
 	}
 	if err := b.list(ctx, s); err != nil {
@@ -269,7 +244,7 @@ func (b *Broker) base(ctx context.Context, s *snapshot) (version, error) {
 	}
 	base := s.current
 	for _, v := range s.listed {
-		if v.later(base.record) {
+		if v.Later(base.Record) {
 			base = v
 		}
 	}
@@ -288,63 +263,10 @@ func (b *Broker) find(ctx context.Context, s *snapshot, id string) (version, boo
 	if err := b.list(ctx, s); err != nil {
 		return version{}, false, err
 	}
-	if at := slices.IndexFunc(s.listed, func(v version) bool { return v.Version == id }); at >= 0 {
+	if at := s.listed.Index(id); at >= 0 {
 		return s.listed[at], true, nil
 	}
 	return version{}, false, nil
-}
-
-// expiry is when a version stops being honoured: zero unless a rotate replaced
-// it. Only the version that the last rotate replaced can be in grace, so that
-// whatever came after that rotate ended it. s must be listed, unless v is the
-// current version, which has no expiry.
-func (s *snapshot) expiry(v version) time.Time {
-	for i, by := range s.listed {
-		if by.previous != v.Version || s.putDown(by) {
-			continue
-		}
-		end := by.graceEnd
-		if i > 0 {
-			// The one that replaced by stands before it.
-			for _, over := range []time.Time{s.listed[i-1].Created, s.asOf} { // the vault's clock may be ahead
-				if over.Before(end) {
-					end = over
-				}
-			}
-		}
-		return end
-	}
-	return time.Time{}
-}
-
-// putDown reports whether v is a late version that was put down: it never
-// replaced anything. s must be listed.
-func (s *snapshot) putDown(v version) bool {
-	return !v.Enabled && v.generation > 0 && slices.ContainsFunc(s.listed, func(g version) bool {
-		return g.generation > 0 && g.later(v.record) && g.Created.Before(v.Created)
-	})
-}
-
-// served reports whether v is not from before a delete that a put overwrote. s
-// must be listed, unless v is the current version.
-func (s *snapshot) served(v version) bool {
-	if v.Version == s.current.Version {
-		return true
-	}
-	newest := s.greatest() // it bears the bound
-	if newest.first == 0 {
-		return true
-	}
-	if v.generation > 0 {
-		return v.generation >= newest.first
-	}
-	// The vault counts whole seconds; in doubt the value is not shown.
-	for _, l := range s.listed {
-		if l.generation == newest.first {
-			return v.Created.After(l.Created)
-		}
-	}
-	return false
 }
 
 // metadata is what is known of v as it stands in s.
@@ -352,9 +274,9 @@ func (s *snapshot) metadata(v version) Metadata {
 	m := Metadata{
 		Key:        s.key,
 		Version:    v.Version,
-		Generation: v.generation,
+		Generation: v.Generation,
 		State:      Active,
-		CreatedBy:  v.createdBy,
+		CreatedBy:  v.CreatedBy,
 		CreateTime: v.Created,
 	}
 	if !v.Enabled {
@@ -364,11 +286,7 @@ func (s *snapshot) metadata(v version) Metadata {
 		m.State, m.DeleteTime, m.PurgeTime = Deleted, s.deletedAt, s.purgeAt
 	}
 	if v.Version != s.current.Version {
-		m.ExpireTime = s.expiry(v)
+		m.ExpireTime = s.listed.Expiry(v, s.asOf)
 	}
 	return m
 }
-
-// marked reports whether the broker's own delete keeps this version from being
-// read.
-func (v version) marked() bool { return v.deleted != nil && !v.Enabled }

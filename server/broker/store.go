@@ -6,6 +6,7 @@ import (
 	"maps"
 	"slices"
 
+	"github.com/exto/secrets-broker/internal/versions"
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server/vault"
 )
@@ -16,7 +17,7 @@ func (b *Broker) store(ctx context.Context, op *operation, s *snapshot, base ver
 	over := s.state == Deleted
 	// Deleted by somebody else: once recovered it is live, and nothing but the
 	// broker's memory keeps it from being read.
-	recovered := over && !s.current.marked()
+	recovered := over && !s.current.Marked()
 	if over && !s.live {
 		if recovered {
 			b.hide(s)
@@ -34,23 +35,23 @@ func (b *Broker) store(ctx context.Context, op *operation, s *snapshot, base ver
 		}
 	}
 
-	taken := max(base.generation, b.highestOf(op.key, op.id, s.state == Absent))
-	r.generation, r.createdBy = taken+1, op.Caller
-	r.epoch, r.auditID = b.epoch.Load(), op.AuditID
-	r.made = done{letter: op.letter, id: op.id}
-	r.others = s.history(base)
-	r.others = r.others[:min(len(r.others), remembered)]
-	r.first = base.first
+	taken := max(base.Generation, b.highestOf(op.key, op.id, s.state == Absent))
+	r.Generation, r.CreatedBy = taken+1, op.Caller
+	r.Epoch, r.AuditID = b.epoch.Load(), op.AuditID
+	r.Made = done{Letter: op.letter, ID: op.id}
+	r.Others = s.history(base)
+	r.Others = r.Others[:min(len(r.Others), versions.Remembered)]
+	r.First = base.First
 	if over {
-		r.first = r.generation
+		r.First = r.Generation
 	}
 	if again := op.again; again != nil && !s.sameWrite(&r, *again, taken) {
 		// What was sent before says something else of the secret: should it arrive, it
 		// is a late one.
-		r.generation = max(taken, again.generation) + 1
-		r.epoch = b.epoch.Add(1)
+		r.Generation = max(taken, again.Generation) + 1
+		r.Epoch = b.epoch.Add(1)
 		if over {
-			r.first = r.generation
+			r.First = r.Generation
 		}
 	}
 	after, err := b.set(ctx, op, s, value, r)
@@ -79,7 +80,7 @@ func (b *Broker) store(ctx context.Context, op *operation, s *snapshot, base ver
 	op.after = b.entryOf(written)
 	if s.state == Active {
 		replaced := b.olderOf(s, s.current, s.value, nil)
-		replaced.asOf, replaced.ExpireTime = op.sentAt, after.graceEnd
+		replaced.asOf, replaced.ExpireTime = op.sentAt, after.GraceEnd
 		op.after = op.after.with(replaced)
 	}
 	return written, nil
@@ -90,13 +91,13 @@ func (b *Broker) store(ctx context.Context, op *operation, s *snapshot, base ver
 // versions of one write are one to everybody, so they must not differ.
 func (s *snapshot) sameWrite(r *record, again pendingWrite, taken int64) bool {
 	same := *r
-	same.generation, same.epoch, same.auditID = again.generation, again.epoch, again.auditID
-	if same.first == r.generation {
-		same.first = same.generation
+	same.Generation, same.Epoch, same.AuditID = again.Generation, again.Epoch, again.AuditID
+	if same.First == r.Generation {
+		same.First = same.Generation
 	}
-	now, _ := same.tags(s.key, s.current.Tags)
-	then, _ := again.tags(s.key, s.current.Tags)
-	if again.generation <= taken || again.epoch != r.epoch || !maps.Equal(now, then) {
+	now, _ := same.Encode(s.key, s.current.Tags)
+	then, _ := again.Encode(s.key, s.current.Tags)
+	if again.Generation <= taken || again.Epoch != r.Epoch || !maps.Equal(now, then) {
 		return false
 	}
 	*r = same
@@ -114,7 +115,7 @@ func (b *Broker) set(ctx context.Context, op *operation, s *snapshot, value secr
 		props, there, err = b.landed(ctx, s, r)
 		return there, err
 	})
-	return newVersion(props), err
+	return versions.New(props), err
 }
 
 // bringBack recovers a deleted name in the vault.
@@ -141,11 +142,11 @@ func (b *Broker) afterRecover(ctx context.Context, s *snapshot) (version, error)
 	if err := b.listVersions(ctx, s); err != nil {
 		return version{}, err
 	}
-	if greatest := s.greatest(); s.current.generation > 0 && greatest.beats(s.current) {
+	if greatest := s.listed.Greatest(); s.current.Generation > 0 && greatest.Beats(s.current) {
 		s.putBehind(greatest)
 	}
 	base, err := b.base(ctx, s)
-	b.raiseEpoch(base.epoch)
+	b.raiseEpoch(base.Epoch)
 	return base, err
 }
 
@@ -173,8 +174,8 @@ func (b *Broker) deleteAgain(ctx context.Context, op *operation, recovered bool,
 // or there is none newer than the one that it was to replace, or the list tells.
 func (b *Broker) landed(ctx context.Context, s *snapshot, r record) (vault.Properties, bool, error) {
 	same := func(p vault.Properties) bool {
-		found := newVersion(p).record
-		return found.made == r.made && found.epoch == r.epoch
+		found := versions.New(p).Record
+		return found.Made == r.Made && found.Epoch == r.Epoch
 	}
 	newest, _, err := b.vault.Get(ctx, s.key, "")
 	switch {
@@ -198,7 +199,7 @@ func (b *Broker) landed(ctx context.Context, s *snapshot, r record) (vault.Prope
 
 // encode writes r into tags, beside those that others put on the current version.
 func (b *Broker) encode(r record, s *snapshot) vault.Tags {
-	tags, dropped := r.tags(s.key, s.current.Tags)
+	tags, dropped := r.Encode(s.key, s.current.Tags)
 	if len(dropped) > 0 {
 		b.log.Warn("tags of others were not carried over: a version bears at most 15", "key", s.key.String(), "tags", dropped)
 	}
@@ -208,13 +209,13 @@ func (b *Broker) encode(r record, s *snapshot) vault.Tags {
 // redo gives the result of a put or rotate that was done already: the metadata
 // of its version as it stands now.
 func (b *Broker) redo(ctx context.Context, s *snapshot, d done, value secret.Value) (version, error) {
-	v, ok, err := b.find(ctx, s, d.version)
+	v, ok, err := b.find(ctx, s, d.Version)
 	if err != nil {
 		return version{}, withCommit(vaultError(ctx, s.key, err), secret.Applied)
 	}
 	if !ok {
 		// Of a deleted secret the vault shows the newest version alone.
-		v.Key, v.Version = s.key, d.version
+		v.Key, v.Version = s.key, d.Version
 	}
 	if value.IsEmpty() || s.state == Deleted || !v.Enabled {
 		return v, nil // there is nothing to compare, or the vault no longer gives it

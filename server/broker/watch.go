@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/exto/secrets-broker/internal/versions"
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server/vault"
 )
@@ -338,10 +339,10 @@ func (ws *watches) due(now time.Time, ttl time.Duration) (due []need, over bool)
 // lastChange is the last operation that s names, and a hash of its id; Missing and 0
 // when it names none.
 func (b *Broker) lastChange(s *snapshot) (Change, uint64) {
-	h := s.current.history(s.current.Version)
+	h := s.current.History(s.current.Version)
 	if s.state == Absent || len(h) == 0 {
 		return Missing, 0
 	}
-	change := map[byte]Change{letterPut: PutChange, letterRotate: Rotated, letterDelete: DeletedChange, letterRecover: Recovered}[h[0].letter]
-	return change, maphash.String(b.cache.seed, h[0].id)
+	change := map[byte]Change{versions.LetterPut: PutChange, versions.LetterRotate: Rotated, versions.LetterDelete: DeletedChange, versions.LetterRecover: Recovered}[h[0].Letter]
+	return change, maphash.String(b.cache.seed, h[0].ID)
 }

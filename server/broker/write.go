@@ -11,6 +11,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/exto/secrets-broker/internal/versions"
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server/vault"
 )
@@ -289,17 +290,17 @@ func (b *Broker) prepare(ctx context.Context, op *operation) (s *snapshot, base 
 	if base, err = b.base(ctx, s); err != nil {
 		return nil, version{}, nil, err
 	}
-	if max(s.current.format, base.format) > currentFormat {
+	if max(s.current.Format, base.Format) > versions.CurrentFormat {
 		return nil, version{}, nil, refuse(op.key, secret.KeyMismatch, "a newer release wrote this secret in a format that this one cannot write; upgrade the broker")
 	}
-	b.raiseEpoch(base.epoch)
-	op.found.Version, op.found.Deleted = s.current.Version, s.state == Deleted && !s.current.marked()
+	b.raiseEpoch(base.Epoch)
+	op.found.Version, op.found.Deleted = s.current.Version, s.state == Deleted && !s.current.Marked()
 	op.seen = b.entryOf(s)
 	op.after = op.seen
 	if op.asked || op.settles {
 		for _, d := range s.history(base) {
-			if d.id == op.id {
-				if d.letter != op.letter {
+			if d.ID == op.id {
+				if d.Letter != op.letter {
 					return nil, version{}, nil, errRequestIDReused(op.key)
 				}
 				b.settled(op.key, op.id)
@@ -310,7 +311,7 @@ func (b *Broker) prepare(ctx context.Context, op *operation) (s *snapshot, base 
 			}
 		}
 		if w, ok := b.pendingOf(op.key, op.id); ok {
-			if w.made.letter != op.letter {
+			if w.Made.Letter != op.letter {
 				return nil, version{}, nil, errRequestIDReused(op.key)
 			}
 			op.again = &w
@@ -329,11 +330,11 @@ func errRequestIDReused(key secret.Key) error {
 // current version says, or where that is not the broker's, what the last one of
 // the broker's own says, with the deletes and recovers of the current one.
 func (s *snapshot) history(base version) []done {
-	if base.Version == s.current.Version || len(s.current.others) > 0 {
-		return s.current.history(s.current.Version)
+	if base.Version == s.current.Version || len(s.current.Others) > 0 {
+		return s.current.History(s.current.Version)
 	}
-	h := append(s.current.history(s.current.Version), base.history(base.Version)...)
-	return h[:min(len(h), remembered+1)]
+	h := append(s.current.History(s.current.Version), base.History(base.Version)...)
+	return h[:min(len(h), versions.Remembered+1)]
 }
 
 // matches judges must_match_version against the current version. A write that was
@@ -343,12 +344,12 @@ func (b *Broker) matches(ctx context.Context, s *snapshot, mustMatch string) err
 	if mustMatch == "" || there && mustMatch == s.current.Version {
 		return nil
 	}
-	if there && s.current.made.id != "" {
+	if there && s.current.Made.ID != "" {
 		v, ok, err := b.find(ctx, s, mustMatch)
 		if err != nil {
 			return err
 		}
-		if ok && v.made == s.current.made && v.epoch == s.current.epoch {
+		if ok && v.Made == s.current.Made && v.Epoch == s.current.Epoch {
 			return nil
 		}
 	}

@@ -10,19 +10,20 @@ package vault
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
-	"maps"
 	"time"
 
+	"github.com/exto/secrets-broker/internal/versions"
 	"github.com/exto/secrets-broker/secret"
 )
 
-// Limits of Key Vault that every implementation keeps to:
-// https://learn.microsoft.com/azure/key-vault/secrets/about-secrets
-const (
-	MaxTags     = 15
-	MaxTagChars = 512 // of a tag's name, and of its value
+// What a vault keeps of a version is described once, for those who read it without
+// the broker too.
+type (
+	// Tags are the names and values that a version bears.
+	Tags = versions.Tags
+	// Properties is what a vault knows of a version besides its value.
+	Properties = versions.Properties
 )
 
 // Vault keeps secrets. All methods are safe for concurrent use and return within
@@ -100,26 +101,6 @@ type Info struct {
 	// Discards reports that the vault keeps nothing: a write succeeds and is
 	// forgotten.
 	Discards bool
-}
-
-// Tags are the names and values that a version bears, readable by all who may
-// list. At most MaxTags, each at most MaxTagChars.
-type Tags map[string]string
-
-// Clone copies the tags; nil stays nil.
-func (t Tags) Clone() Tags { return maps.Clone(t) }
-
-// Properties is what a vault knows of a version besides its value.
-type Properties struct {
-	Key secret.Key
-	// Version is the vault's own id of the version: up to 32 letters and digits.
-	// Empty in lists of names.
-	Version string
-	Enabled bool
-	// Created is by the vault's clock, in whole seconds, as in Key Vault.
-	Created     time.Time
-	ContentType string
-	Tags        Tags
 }
 
 // NewVersion is a version to be stored. It is enabled.
@@ -209,17 +190,4 @@ func Uncertain(err error) error { return uncertainError{err} }
 func IsUncertain(err error) bool {
 	var u uncertainError
 	return errors.As(err, &u)
-}
-
-// CheckTags reports whether a vault would store these tags.
-func CheckTags(t Tags) error {
-	if len(t) > MaxTags {
-		return fmt.Errorf("%d tags; a version bears at most %d", len(t), MaxTags)
-	}
-	for name, value := range t {
-		if len(name) > MaxTagChars || len(value) > MaxTagChars {
-			return fmt.Errorf("tag %.40q has more than %d characters", name, MaxTagChars)
-		}
-	}
-	return nil
 }

@@ -44,6 +44,7 @@ var revealing = map[string]string{
 	"(*server/vault/keyvault.Vault).Set": "hands it to the SDK",
 	"(*server/vault/keyvault.Vault).Get": "takes it from the SDK",
 
+	"(*client/direct.Vault).get":     "takes it from the SDK",
 	"(*client.Client).Put":           "puts it into the request",
 	"(*client.Client).Rotate":        "puts it into the request, and takes the token made out of the answer",
 	"(*client.Client).Get":           "takes it out of the answer",

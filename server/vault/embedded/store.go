@@ -161,7 +161,7 @@ func (s *Store) Set(ctx context.Context, key secret.Key, v vault.NewVersion) (va
 	if err != nil {
 		return vault.Properties{}, err
 	}
-	if err := vault.CheckTags(v.Tags); err != nil {
+	if err := v.Tags.Check(); err != nil {
 		return vault.Properties{}, err
 	}
 	r := record{version: uuid.New(), enabled: true, attrs: encodeAttrs(v.ContentType, v.Tags)}
@@ -241,7 +241,7 @@ func (s *Store) Update(ctx context.Context, key secret.Key, version string, patc
 	if err != nil {
 		return vault.Properties{}, err
 	}
-	if err := vault.CheckTags(patch.Tags); err != nil {
+	if err := patch.Tags.Check(); err != nil {
 		return vault.Properties{}, err
 	}
 	var p vault.Properties

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/exto/secrets-broker/internal/keyvaultfake"
+	"github.com/exto/secrets-broker/internal/keyvaultsdk"
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server/vault"
 	"github.com/exto/secrets-broker/server/vault/keyvault"
@@ -313,7 +314,7 @@ func TestWriteThatIsNotSentIsCertain(t *testing.T) {
 func proxied(f *keyvaultfake.Fake) *http.Transport {
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(f.CAPEM())
-	tr := keyvault.NewTransport()
+	tr := keyvaultsdk.NewTransport()
 	tr.TLSClientConfig = &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}
 	tr.Proxy = func(*http.Request) (*url.URL, error) { return url.Parse(f.ProxyURL()) }
 	return tr

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/exto/secrets-broker/internal/keyvaultsdk"
 	"github.com/exto/secrets-broker/server/vault"
 )
 
@@ -26,8 +27,6 @@ const (
 	probeUp     = 30 * time.Second
 	probeUrgent = time.Second
 )
-
-var dialer = &net.Dialer{Timeout: 5 * time.Second, KeepAlive: 15 * time.Second}
 
 // condition is whether the vault can be used: what the last probe ended with.
 type condition struct{ err error }
@@ -68,27 +67,27 @@ func (v *Vault) begin(ctx context.Context) error {
 func (v *Vault) advice(err error) error {
 	var (
 		token *tokenError
-		resp  *responseError
+		resp  *keyvaultsdk.AnswerError
 		dns   *net.DNSError
-		proxy *proxyError
+		proxy *keyvaultsdk.ProxyError
 		wrong *challengeError
 	)
 	switch {
 	case errors.As(err, &token) && errors.Is(token, vault.ErrRefused):
 		return fmt.Errorf("%s: %s", token.text, credentialAdvice(token.text))
-	case errors.As(err, &resp) && resp.status == http.StatusForbidden && (resp.inner == "ForbiddenByFirewall" || resp.inner == "ForbiddenByConnection"):
+	case errors.As(err, &resp) && resp.Status == http.StatusForbidden && (resp.Inner == "ForbiddenByFirewall" || resp.Inner == "ForbiddenByConnection"):
 		return fmt.Errorf("the network rules of vault %s do not let this machine in (%w): az keyvault network-rule add --name %s --ip-address ADDRESS, or a private endpoint", v.name, resp, v.name)
-	case errors.As(err, &resp) && resp.status == http.StatusUnauthorized:
+	case errors.As(err, &resp) && resp.Status == http.StatusUnauthorized:
 		return fmt.Errorf("what answers at %s takes no token of the broker's identity (%w): have the identity be one of the vault's own tenant, or correct the URL if that is no vault", v.url, resp)
-	case errors.As(err, &resp) && resp.status == http.StatusForbidden:
+	case errors.As(err, &resp) && resp.Status == http.StatusForbidden:
 		return fmt.Errorf(`vault %s refuses the broker's identity (%w): grant it with az role assignment create --role "Key Vault Secrets Officer" --assignee IDENTITY --scope "$(az keyvault show --name %s --query id --output tsv)", which takes some minutes`, v.name, resp, v.name)
 	case errors.As(err, &dns) && dns.IsNotFound:
 		return fmt.Errorf("there is no vault at %s: set AZURE_KEY_VAULT_URL to one of those that az keyvault list --query [].properties.vaultUri names", v.url)
-	case errors.As(err, &proxy) && proxy.status < http.StatusInternalServerError:
+	case errors.As(err, &proxy) && proxy.Status < http.StatusInternalServerError:
 		return fmt.Errorf("%w when asked for %s: have it let the broker through, or correct AZURE_KEY_VAULT_URL", proxy, v.url)
 	case errors.As(err, &wrong):
 		return fmt.Errorf("what answers at %s is no vault: %w", v.url, wrong)
-	case errors.As(err, &resp) && resp.status < http.StatusInternalServerError && resp.status != http.StatusTooManyRequests && resp.status != http.StatusRequestTimeout:
+	case errors.As(err, &resp) && resp.Status < http.StatusInternalServerError && resp.Status != http.StatusTooManyRequests && resp.Status != http.StatusRequestTimeout:
 		return fmt.Errorf("what answers at %s is no vault: %w", v.url, resp)
 	}
 	return nil
@@ -102,7 +101,7 @@ func credentialAdvice(text string) string {
 		return "unset AZURE_TOKEN_CREDENTIALS, or set it to prod or dev"
 	case strings.Contains(text, "authority host"):
 		return "unset AZURE_AUTHORITY_HOST, or set it to the https address of the cloud's token service"
-	case strings.Contains(text, wrongTenant), strings.Contains(text, "tenantID"):
+	case strings.Contains(text, keyvaultsdk.WrongTenant), strings.Contains(text, "tenantID"):
 		return "set AZURE_TENANT_ID to the tenant of the vault"
 	}
 	return "on a laptop run az login; in CI set AZURE_TENANT_ID, AZURE_CLIENT_ID and AZURE_CLIENT_SECRET; on AKS give the pod a workload identity"

@@ -8,6 +8,7 @@ import (
 
 	"github.com/Azure/azure-sdk-for-go/sdk/security/keyvault/azsecrets"
 
+	"github.com/exto/secrets-broker/internal/keyvaultsdk"
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server/vault"
 )
@@ -29,7 +30,7 @@ func (v *Vault) Versions(ctx context.Context, key secret.Key) ([]vault.Propertie
 				return nil, err
 			}
 			for _, item := range resp.Value {
-				p, err := properties(key, item.ID, item.Attributes, item.ContentType, item.Tags)
+				p, err := keyvaultsdk.Properties(key, item.ID, item.Attributes, item.ContentType, item.Tags)
 				if err != nil {
 					return nil, err
 				}
@@ -65,7 +66,7 @@ func (v *Vault) List(ctx context.Context, skip string, max int) (vault.Page, err
 			if !ok {
 				continue
 			}
-			p, err := properties(key, item.ID, item.Attributes, item.ContentType, item.Tags)
+			p, err := keyvaultsdk.Properties(key, item.ID, item.Attributes, item.ContentType, item.Tags)
 			if err != nil {
 				return nil, err
 			}

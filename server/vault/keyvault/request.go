@@ -15,6 +15,7 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
 	"github.com/Azure/azure-sdk-for-go/sdk/azidentity"
 
+	"github.com/exto/secrets-broker/internal/keyvaultsdk"
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server/vault"
 )
@@ -29,29 +30,6 @@ const (
 	firstPause   = time.Second
 	longestPause = 15 * time.Second
 )
-
-// newTransport is like the SDK's own but for three things. It speaks HTTP/1.1, so
-// that a dead connection ends with the one request that met it. It bounds the
-// dial. And it says of a refused CONNECT that it was one.
-func newTransport() *http.Transport {
-	t := http.DefaultTransport.(*http.Transport).Clone()
-	t.ForceAttemptHTTP2 = false
-	t.Protocols = new(http.Protocols)
-	t.Protocols.SetHTTP1(true)
-	t.MaxIdleConns, t.MaxIdleConnsPerHost = 0, 128
-	t.DialContext = dialer.DialContext
-	t.TLSHandshakeTimeout = 5 * time.Second
-	t.OnProxyConnectResponse = func(_ context.Context, _ *url.URL, _ *http.Request, resp *http.Response) error {
-		if resp.StatusCode != http.StatusOK {
-			return &proxyError{resp.StatusCode}
-		}
-		return nil
-	}
-	return t
-}
-
-// noRedirect: no answer of the vault leads the broker's token elsewhere.
-func noRedirect(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 
 // quietSDK keeps the SDK's log, which AZURE_SDK_GO_LOGGING turns on, from showing
 // the bodies of errors: a vault may repeat in them what it was sent. Once, since the
@@ -116,18 +94,7 @@ func (v *Vault) once(ctx context.Context, c *call, f func(context.Context) error
 	if err := v.ready(ctx); err != nil {
 		return err
 	}
-	return v.outcome(ctx, c, noPanic(context.WithValue(ctx, callKey{}, c), f))
-}
-
-// noPanic makes an error of a panic of the SDK: a challenge without a tenant is
-// one, and no answer from outside is a reason for the process to die.
-func noPanic(ctx context.Context, f func(context.Context) error) (err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("a panic in the SDK: %T", p)
-		}
-	}()
-	return f(ctx)
+	return v.outcome(ctx, c, keyvaultsdk.NoPanic(context.WithValue(ctx, callKey{}, c), f))
 }
 
 // addQuery adds what the SDK has no option for.
@@ -190,7 +157,7 @@ func (v *Vault) transmit(req *policy.Request) (*http.Response, error) {
 	c.status = resp.StatusCode
 	switch {
 	case resp.StatusCode == http.StatusTooManyRequests:
-		budget.throttled(retryAfter(resp))
+		budget.throttled(keyvaultsdk.RetryAfter(resp))
 	case resp.StatusCode == http.StatusUnauthorized && bearer != "":
 		v.tokens.reject(bearer)
 	case resp.StatusCode < http.StatusInternalServerError:

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/exto/secrets-broker/internal/versions"
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server/vault"
 )
@@ -17,8 +18,8 @@ func TestTags(t *testing.T) {
 	v := open(t, config(f, c, f.Broker()))
 	key := newKey(t)
 	most := vault.Tags{}
-	for n := range vault.MaxTags {
-		most[strconv.Itoa(10+n)+strings.Repeat("n", vault.MaxTagChars-2)] = strings.Repeat("v", vault.MaxTagChars)
+	for n := range versions.MaxTags {
+		most[strconv.Itoa(10+n)+strings.Repeat("n", versions.MaxTagChars-2)] = strings.Repeat("v", versions.MaxTagChars)
 	}
 	p, err := v.Set(t.Context(), key, vault.NewVersion{Value: secret.NewValue("one"), ContentType: "text/plain", Tags: most})
 	if err != nil {

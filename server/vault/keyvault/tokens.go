@@ -3,9 +3,7 @@ package keyvault
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
-	"net/http"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -15,6 +13,7 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
 	"github.com/Azure/azure-sdk-for-go/sdk/azidentity"
 
+	"github.com/exto/secrets-broker/internal/keyvaultsdk"
 	"github.com/exto/secrets-broker/server/vault"
 )
 
@@ -169,11 +168,11 @@ func (t *tokens) fetch(f *fetch, o policy.TokenRequestOptions) {
 	inner := t.inner
 	t.mu.Unlock()
 	var token azcore.AccessToken
-	err := noPanic(ctx, func(ctx context.Context) (err error) {
+	err := keyvaultsdk.NoPanic(ctx, func(ctx context.Context) (err error) {
 		if inner == nil {
 			made, err := t.credential()
 			if err != nil { // and made may be a pointer that is nil
-				return &tokenError{vault.ErrRefused, oneLine(err)}
+				return &tokenError{vault.ErrRefused, keyvaultsdk.OneLine(err)}
 			}
 			inner = made
 		}
@@ -242,10 +241,6 @@ type tokenError struct {
 func (e *tokenError) Error() string { return e.kind.Error() + ": " + e.text }
 func (e *tokenError) Unwrap() error { return e.kind }
 
-// wrongTenant is how azidentity says that it does not ask at all, in the one error
-// without an answer for which waiting does not help.
-const wrongTenant = "isn't configured to acquire tokens for tenant"
-
 // newTokenError tells a token service that cannot be reached from one that
 // refuses the credential, and both from there being no credential.
 func newTokenError(err error) error {
@@ -253,30 +248,16 @@ func newTokenError(err error) error {
 	if errors.As(err, &known) {
 		return known
 	}
+	text := keyvaultsdk.OneLine(err)
+	if !keyvaultsdk.Refuses(err) {
+		return &tokenError{vault.ErrUnavailable, text}
+	}
 	var failed *azidentity.AuthenticationFailedError
 	switch {
-	case errors.As(err, &failed) && strings.Contains(err.Error(), wrongTenant):
-		return &tokenError{vault.ErrRefused, "AZURE_TENANT_ID is not the tenant of the vault: " + oneLine(err)}
-	case errors.As(err, &failed) && failed.RawResponse == nil,
-		errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
-		return &tokenError{vault.ErrUnavailable, oneLine(err)}
-	case errors.As(err, &failed):
-		switch status := failed.RawResponse.StatusCode; {
-		case status >= 500, status == http.StatusTooManyRequests, status == http.StatusRequestTimeout:
-			return &tokenError{vault.ErrUnavailable, oneLine(err)}
-		}
-		return &tokenError{vault.ErrRefused, oneLine(err)}
+	case strings.Contains(err.Error(), keyvaultsdk.WrongTenant):
+		text = "AZURE_TENANT_ID is not the tenant of the vault: " + text
+	case !errors.As(err, &failed):
+		text = "no credential: " + text
 	}
-	// No credential of the chain had what it takes to ask.
-	return &tokenError{vault.ErrRefused, "no credential: " + oneLine(err)}
-}
-
-// oneLine makes a line of the SDK's paragraphs.
-func oneLine(err error) string {
-	const most = 600
-	s := strings.Join(strings.Fields(strings.ReplaceAll(err.Error(), "-----", "")), " ")
-	if len(s) > most {
-		s = fmt.Sprintf("%s… (%d characters)", strings.ToValidUTF8(s[:most], ""), len(s))
-	}
-	return s
+	return &tokenError{vault.ErrRefused, text}
 }

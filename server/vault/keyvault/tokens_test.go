@@ -437,13 +437,3 @@ func TestAnotherTenant(t *testing.T) {
 		t.Errorf("got %v, want ErrRefused and a word about AZURE_TENANT_ID", got)
 	}
 }
-
-func TestOneLine(t *testing.T) {
-	t.Parallel()
-	if got, want := oneLine(errors.New("a\n\tb\r\n-----\nc")), "a b c"; got != want {
-		t.Errorf("got %q, want %q", got, want)
-	}
-	if got := oneLine(errors.New(strings.Repeat("ü", 500) + "x" + strings.Repeat("ü", 500))); len(got) > 700 || strings.ContainsRune(got, '\uFFFD') {
-		t.Errorf("got %q, want it cut between two letters", got)
-	}
-}

@@ -1,6 +1,5 @@
 // Package keyvault is Azure Key Vault as a vault: secrets with versions and tags,
-// asked over azsecrets with whatever DefaultAzureCredential finds. Nothing else in
-// the product imports the Azure SDK.
+// asked over azsecrets with whatever DefaultAzureCredential finds.
 //
 // What the service and the SDK do differently from what one expects, and what
 // this package makes of it:
@@ -30,6 +29,7 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/security/keyvault/azsecrets"
 	"golang.org/x/sync/singleflight"
 
+	"github.com/exto/secrets-broker/internal/keyvaultsdk"
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server/vault"
 )
@@ -101,7 +101,7 @@ var _ vault.Vault = (*Vault)(nil)
 // credential or no permission, with an error that says what to do. A vault that
 // cannot be reached now is no error: it is asked until it answers.
 func Open(ctx context.Context, cfg Config) (*Vault, error) {
-	url, name, err := parseURL(cfg.URL)
+	url, name, err := keyvaultsdk.ParseURL(cfg.URL)
 	if err != nil {
 		return nil, fmt.Errorf("AZURE_KEY_VAULT_URL (--azure-key-vault-url): %w", err)
 	}
@@ -121,7 +121,7 @@ func Open(ctx context.Context, cfg Config) (*Vault, error) {
 		cfg.Wait = vault.Wait
 	}
 	if cfg.Transport == nil {
-		cfg.Transport = newTransport()
+		cfg.Transport = keyvaultsdk.NewTransport()
 	}
 	if cfg.Credential == nil {
 		cfg.Credential = func() (azcore.TokenCredential, error) {
@@ -146,7 +146,7 @@ func Open(ctx context.Context, cfg Config) (*Vault, error) {
 	v.tokens = newTokens(v.running, cfg.Credential, cfg.Logger)
 	quietSDK()
 	v.client, err = azsecrets.NewClient(url, v.tokens, &azsecrets.ClientOptions{ClientOptions: azcore.ClientOptions{
-		Transport:        &http.Client{Transport: v.http, CheckRedirect: noRedirect},
+		Transport:        &http.Client{Transport: v.http, CheckRedirect: keyvaultsdk.NoRedirect},
 		Retry:            policy.RetryOptions{MaxRetries: -1}, // one try
 		PerCallPolicies:  []policy.Policy{policyFunc(addQuery)},
 		PerRetryPolicies: []policy.Policy{policyFunc(v.transmit)}, // after the SDK's own authorization
@@ -181,7 +181,7 @@ func (v *Vault) Close() error {
 
 // Set stores a new version.
 func (v *Vault) Set(ctx context.Context, key secret.Key, nv vault.NewVersion) (vault.Properties, error) {
-	if err := vault.CheckTags(nv.Tags); err != nil {
+	if err := nv.Tags.Check(); err != nil {
 		return vault.Properties{}, err
 	}
 	value, enabled := nv.Value.Reveal(), true
@@ -197,7 +197,7 @@ func (v *Vault) Set(ctx context.Context, key secret.Key, nv vault.NewVersion) (v
 	set := func(ctx context.Context) error {
 		resp, err := v.client.SetSecret(ctx, key.String(), params, nil)
 		if err == nil {
-			p, err = properties(key, resp.ID, resp.Attributes, resp.ContentType, resp.Tags)
+			p, err = keyvaultsdk.Properties(key, resp.ID, resp.Attributes, resp.ContentType, resp.Tags)
 		}
 		return err
 	}
@@ -236,7 +236,7 @@ func (v *Vault) Get(ctx context.Context, key secret.Key, version string) (vault.
 		if resp.Value != nil {
 			value = secret.NewValue(*resp.Value)
 		}
-		p, err = properties(key, resp.ID, resp.Attributes, resp.ContentType, resp.Tags)
+		p, err = keyvaultsdk.Properties(key, resp.ID, resp.Attributes, resp.ContentType, resp.Tags)
 		return err
 	})
 	if err == nil || errors.Is(err, vault.ErrDisabled) {
@@ -250,7 +250,7 @@ func (v *Vault) Get(ctx context.Context, key secret.Key, version string) (vault.
 
 // Update sets the attributes and replaces the tags of one version.
 func (v *Vault) Update(ctx context.Context, key secret.Key, version string, patch vault.Patch) (vault.Properties, error) {
-	if err := vault.CheckTags(patch.Tags); err != nil {
+	if err := patch.Tags.Check(); err != nil {
 		return vault.Properties{}, err
 	}
 	if !isVersion(version) {
@@ -268,7 +268,7 @@ func (v *Vault) Update(ctx context.Context, key secret.Key, version string, patc
 	err := v.change(ctx, key, "Update", func(ctx context.Context) error {
 		resp, err := v.client.UpdateSecretProperties(ctx, key.String(), version, params, nil)
 		if err == nil {
-			p, err = properties(key, resp.ID, resp.Attributes, resp.ContentType, resp.Tags)
+			p, err = keyvaultsdk.Properties(key, resp.ID, resp.Attributes, resp.ContentType, resp.Tags)
 		}
 		return err
 	})
@@ -327,35 +327,8 @@ func absentIfGone(err error) error {
 	return err
 }
 
-// properties reads the vault's words. A missing part is an error and no panic.
-func properties(key secret.Key, id *azsecrets.ID, a *azsecrets.SecretAttributes, contentType *string, tags map[string]*string) (vault.Properties, error) {
-	if id == nil || a == nil || a.Created == nil {
-		return vault.Properties{}, errors.New("the vault's answer lacks the id or the attributes of a secret")
-	}
-	p := vault.Properties{
-		Key:     key,
-		Version: id.Version(),
-		Enabled: a.Enabled == nil || *a.Enabled,
-		Created: a.Created.UTC(),
-	}
-	if contentType != nil {
-		p.ContentType = *contentType
-	}
-	for name, value := range tags {
-		if p.Tags == nil {
-			p.Tags = vault.Tags{}
-		}
-		if value != nil {
-			p.Tags[name] = *value
-		} else {
-			p.Tags[name] = ""
-		}
-	}
-	return p, nil
-}
-
 func deleted(key secret.Key, id *azsecrets.ID, a *azsecrets.SecretAttributes, contentType *string, tags map[string]*string, at, purge *time.Time) (vault.Deleted, error) {
-	p, err := properties(key, id, a, contentType, tags)
+	p, err := keyvaultsdk.Properties(key, id, a, contentType, tags)
 	d := vault.Deleted{Properties: p}
 	if at != nil {
 		d.DeletedAt = at.UTC()

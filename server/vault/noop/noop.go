@@ -51,7 +51,7 @@ func (v *Vault) Set(ctx context.Context, key secret.Key, nv vault.NewVersion) (v
 	if err := vault.BeginEffect(ctx); err != nil {
 		return vault.Properties{}, err
 	}
-	if err := vault.CheckTags(nv.Tags); err != nil {
+	if err := nv.Tags.Check(); err != nil {
 		return vault.Properties{}, err
 	}
 	return vault.Properties{

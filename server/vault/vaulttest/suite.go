@@ -17,6 +17,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/exto/secrets-broker/internal/versions"
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server/vault"
 )
@@ -272,15 +273,15 @@ func (suite) disabled(t *testing.T, v vault.Vault) {
 func (suite) tagLimits(t *testing.T, v vault.Vault) {
 	ctx, key := t.Context(), newKey(t, secret.DatabaseURI)
 	most := vault.Tags{}
-	for n := range vault.MaxTags {
-		most[fmt.Sprintf("%02d", n)+strings.Repeat("n", vault.MaxTagChars-2)] = strings.Repeat("v", vault.MaxTagChars)
+	for n := range versions.MaxTags {
+		most[fmt.Sprintf("%02d", n)+strings.Repeat("n", versions.MaxTagChars-2)] = strings.Repeat("v", versions.MaxTagChars)
 	}
 	more := maps.Clone(most)
 	more["one more"] = ""
 	tooMany := map[string]vault.Tags{
 		"too many":       more,
-		"name too long":  {strings.Repeat("n", vault.MaxTagChars+1): ""},
-		"value too long": {"n": strings.Repeat("v", vault.MaxTagChars+1)},
+		"name too long":  {strings.Repeat("n", versions.MaxTagChars+1): ""},
+		"value too long": {"n": strings.Repeat("v", versions.MaxTagChars+1)},
 	}
 
 	p, err := v.Set(ctx, key, vault.NewVersion{Value: secret.NewValue("x"), Tags: most})

@@ -1,4 +1,4 @@
-package broker
+package versions
 
 import (
 	"fmt"
@@ -13,11 +13,10 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/exto/secrets-broker/secret"
-	"github.com/exto/secrets-broker/server/vault"
 )
 
 // fullRecord has everything that a version can bear, as long as it gets.
-func fullRecord(t testing.TB) (secret.Key, record) {
+func fullRecord(t testing.TB) (secret.Key, Record) {
 	t.Helper()
 	key, err := secret.ParseKey("instance-" + strings.Repeat("a", 100) + "-oidc-secret")
 	if err != nil {
@@ -25,21 +24,21 @@ func fullRecord(t testing.TB) (secret.Key, record) {
 	}
 	version := func(n int) string { return fmt.Sprintf("%032x", n) }
 	at := time.Date(2026, 11, 24, 2, 3, 4, 567e6, time.UTC)
-	r := record{
-		format:     currentFormat,
-		key:        key.String(),
-		generation: maxCount,
-		createdBy:  "spiffe://console.exto/" + strings.Repeat("i", 512-len("spiffe://console.exto/")),
-		epoch:      maxCount,
-		auditID:    uuid.NewString(),
-		made:       done{letter: letterRotate, id: uuid.NewString()},
-		previous:   version(1),
-		graceEnd:   at,
-		first:      maxCount,
-		deleted:    &mark{at: at, wasEnabled: false, id: uuid.NewString()},
+	r := Record{
+		Format:     CurrentFormat,
+		Name:       key.String(),
+		Generation: maxCount,
+		CreatedBy:  "spiffe://console.exto/" + strings.Repeat("i", 512-len("spiffe://console.exto/")),
+		Epoch:      maxCount,
+		AuditID:    uuid.NewString(),
+		Made:       Done{Letter: LetterRotate, ID: uuid.NewString()},
+		Previous:   version(1),
+		GraceEnd:   at,
+		First:      maxCount,
+		Deleted:    &Mark{At: at, WasEnabled: false, ID: uuid.NewString()},
 	}
-	for i := range remembered + 1 {
-		r.others = append(r.others, done{letter: "dcpr"[i%4], id: uuid.NewString(), version: version(i)})
+	for i := range Remembered + 1 {
+		r.Others = append(r.Others, Done{Letter: "dcpr"[i%4], ID: uuid.NewString(), Version: version(i)})
 	}
 	return key, r
 }
@@ -68,7 +67,7 @@ func TestTagFormat(t *testing.T) {
 		"exto-deleted":      at + ` disabled ` + id,
 	}
 	key, r := fullRecord(t)
-	tags, dropped := r.tags(key, nil)
+	tags, dropped := r.Encode(key, nil)
 	if got, want := slices.Sorted(maps.Keys(tags)), slices.Sorted(maps.Keys(want)); !slices.Equal(got, want) || len(got) > 11 || len(dropped) != 0 {
 		t.Fatalf("got tags %v, want %v, at most 11", got, want)
 	}
@@ -77,14 +76,14 @@ func TestTagFormat(t *testing.T) {
 			t.Errorf("%s: got %q, want the form %s", name, tags[name], form)
 		}
 	}
-	if err := vault.CheckTags(tags); err != nil {
+	if err := tags.Check(); err != nil {
 		t.Error(err)
 	}
-	if got := parseTags(tags); !reflect.DeepEqual(got, r) {
+	if got := Parse(tags); !reflect.DeepEqual(got, r) {
 		t.Errorf("got %+v\nback, want %+v", got, r)
 	}
-	r.deleted.wasEnabled = true
-	if tags, _ := r.tags(key, nil); !strings.Contains(tags[tagDeleted], " enabled ") {
+	r.Deleted.WasEnabled = true
+	if tags, _ := r.Encode(key, nil); !strings.Contains(tags[tagDeleted], " enabled ") {
 		t.Errorf("got %q, want it to say that it was enabled", tags[tagDeleted])
 	}
 }
@@ -93,13 +92,13 @@ func TestTagFormat(t *testing.T) {
 func TestTagsOfAnUpdateOfSomebodyElsesVersion(t *testing.T) {
 	t.Parallel()
 	key, full := fullRecord(t)
-	tags, _ := record{deleted: full.deleted, others: full.others}.tags(key, nil)
+	tags, _ := Record{Deleted: full.Deleted, Others: full.Others}.Encode(key, nil)
 	for _, name := range []string{tagGeneration, tagCreatedBy, tagEpoch, tagOperation} {
 		if _, ok := tags[name]; ok {
 			t.Errorf("got %s, which only the broker's own versions bear", name)
 		}
 	}
-	if r := parseTags(tags); r.generation != 0 || r.createdBy != "" || r.deleted == nil || len(r.others) != len(full.others) {
+	if r := Parse(tags); r.Generation != 0 || r.CreatedBy != "" || r.Deleted == nil || len(r.Others) != len(full.Others) {
 		t.Errorf("got %+v", r)
 	}
 }
@@ -107,15 +106,15 @@ func TestTagsOfAnUpdateOfSomebodyElsesVersion(t *testing.T) {
 func TestTagsOfOthersAreCarriedInOrderOfName(t *testing.T) {
 	t.Parallel()
 	key, r := fullRecord(t)
-	bears := vault.Tags{"exto-generation": "77", "exto-first": "77", "exto-later": "kept"}
+	bears := Tags{"exto-generation": "77", "exto-first": "77", "exto-later": "kept"}
 	for i := range 6 {
 		bears[fmt.Sprintf("team-%d", i)] = "x"
 	}
-	tags, dropped := r.tags(key, bears)
+	tags, dropped := r.Encode(key, bears)
 	if want := []string{"team-3", "team-4", "team-5"}; !slices.Equal(dropped, want) {
 		t.Errorf("got %v dropped, want %v", dropped, want)
 	}
-	if len(tags) != vault.MaxTags || tags["team-2"] != "x" || tags["exto-later"] != "kept" || tags[tagGeneration] == "77" {
+	if len(tags) != MaxTags || tags["team-2"] != "x" || tags["exto-later"] != "kept" || tags[tagGeneration] == "77" {
 		t.Errorf("got %v", tags)
 	}
 }
@@ -124,33 +123,33 @@ func TestTagsOfOthersAreCarriedInOrderOfName(t *testing.T) {
 // what is written from it fits the vault and reads the same.
 func FuzzParseTags(f *testing.F) {
 	key, full := fullRecord(f)
-	seed := func(tags vault.Tags) {
+	seed := func(tags Tags) {
 		f.Add(tags[tagGeneration], tags[tagCreatedBy], tags[tagEpoch], tags[tagOperation], tags[tagOperations1], tags[tagOperations2], tags[tagPrevious], tags[tagFirst], tags[tagDeleted])
 	}
-	tags, _ := full.tags(key, nil)
+	tags, _ := full.Encode(key, nil)
 	seed(tags)
-	seed(vault.Tags{})
-	seed(vault.Tags{tagGeneration: "9223372036854775807", tagEpoch: "9223372036854775807 x", tagOperation: "p:", tagOperations1: ":::,,p:x:y:z", tagOperations2: "p:\x00:1",
+	seed(Tags{})
+	seed(Tags{tagGeneration: "9223372036854775807", tagEpoch: "9223372036854775807 x", tagOperation: "p:", tagOperations1: ":::,,p:x:y:z", tagOperations2: "p:\x00:1",
 		tagPrevious: " 2026-01-01T00:00:00Z", tagFirst: "-9223372036854775808", tagDeleted: "9999-12-31T23:59:59-01:00 enabled x"})
 	f.Fuzz(func(t *testing.T, generation, createdBy, epoch, operation, operations1, operations2, previous, first, deleted string) {
-		in := vault.Tags{tagGeneration: generation, tagCreatedBy: createdBy, tagEpoch: epoch, tagOperation: operation, tagOperations1: operations1,
+		in := Tags{tagGeneration: generation, tagCreatedBy: createdBy, tagEpoch: epoch, tagOperation: operation, tagOperations1: operations1,
 			tagOperations2: operations2, tagPrevious: previous, tagFirst: first, tagDeleted: deleted}
-		if vault.CheckTags(in) != nil {
+		if in.Check() != nil {
 			t.Skip("no vault stores these")
 		}
-		r := parseTags(in)
-		if r.generation < 0 || r.epoch < 0 || r.first < 0 || r.generation+1 <= 0 || r.epoch+1 <= 0 {
-			t.Errorf("got generation %d, epoch %d, first %d", r.generation, r.epoch, r.first)
+		r := Parse(in)
+		if r.Generation < 0 || r.Epoch < 0 || r.First < 0 || r.Generation+1 <= 0 || r.Epoch+1 <= 0 {
+			t.Errorf("got generation %d, epoch %d, first %d", r.Generation, r.Epoch, r.First)
 		}
-		if h := r.history("v"); len(h) > remembered+1 {
+		if h := r.History("v"); len(h) > Remembered+1 {
 			t.Errorf("got %d operations in the history", len(h))
 		}
-		out, _ := r.tags(key, in)
-		if err := vault.CheckTags(out); err != nil {
+		out, _ := r.Encode(key, in)
+		if err := out.Check(); err != nil {
 			t.Error(err)
 		}
-		r.format, r.key = currentFormat, key.String()
-		if again := parseTags(out); !reflect.DeepEqual(again, r) {
+		r.Format, r.Name = CurrentFormat, key.String()
+		if again := Parse(out); !reflect.DeepEqual(again, r) {
 			t.Errorf("got %+v\nback, want %+v", again, r)
 		}
 	})

@@ -1,4 +1,4 @@
-package keyvault
+package keyvaultsdk
 
 import (
 	"errors"
@@ -10,10 +10,10 @@ import (
 // Names of vaults: https://learn.microsoft.com/azure/key-vault/general/about-keys-secrets-certificates
 var vaultHost = regexp.MustCompile(`^([a-z][a-z0-9-]{1,22}[a-z0-9])\.vault(\.[a-z0-9-]+){2,}$`)
 
-// parseURL accepts the URL of a vault in any of Azure's clouds: https, the vault's
-// own host, and nothing else. The host is where the broker's tokens go, so that it
+// ParseURL accepts the URL of a vault in any of Azure's clouds: https, the vault's
+// own host, and nothing else. The host is where tokens go, so that it
 // is judged here and once more against the vault's challenge.
-func parseURL(s string) (normal, name string, err error) {
+func ParseURL(s string) (normal, name string, err error) {
 	const accepted = "set it to https://NAME.vault.azure.net/, or the host of another Azure cloud's vaults"
 	u, err := url.Parse(s)
 	if err != nil || u.Host == "" {
