@@ -9,11 +9,14 @@ import (
 
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore"
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
+	"github.com/Azure/azure-sdk-for-go/sdk/azcore/runtime"
+	"github.com/Azure/azure-sdk-for-go/sdk/azidentity"
+	"github.com/Azure/azure-sdk-for-go/sdk/security/keyvault/azsecrets"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
 	"github.com/exto/secrets-broker/client"
-	"github.com/exto/secrets-broker/internal/keyvaultsdk"
+	"github.com/exto/secrets-broker/internal/keyvaultwire"
 	"github.com/exto/secrets-broker/internal/versions"
 	"github.com/exto/secrets-broker/secret"
 )
@@ -83,7 +86,7 @@ func ask[T any](ctx context.Context, op string, f func(context.Context) (T, erro
 	go func() {
 		var o outcome
 		var tr trace
-		err := keyvaultsdk.NoPanic(context.WithValue(ctx, traceKey{}, &tr), func(ctx context.Context) (err error) {
+		err := keyvaultwire.NoPanic(context.WithValue(ctx, traceKey{}, &tr), func(ctx context.Context) (err error) {
 			o.result, err = f(ctx)
 			return err
 		})
@@ -106,7 +109,7 @@ func (v *Vault) get(ctx context.Context, key secret.Key, id string) (reading, er
 		if err != nil {
 			return reading{}, err
 		}
-		p, err := keyvaultsdk.Properties(key, resp.ID, resp.Attributes, resp.ContentType, resp.Tags)
+		p, err := properties(key, resp.ID, resp.Attributes, resp.ContentType, resp.Tags)
 		if err == nil && resp.Value == nil {
 			err = errors.New("no value")
 		}
@@ -133,7 +136,7 @@ func (v *Vault) list(ctx context.Context, key secret.Key, r *reading) error {
 				return nil, err
 			}
 			for _, item := range page.Value {
-				p, err := keyvaultsdk.Properties(key, item.ID, item.Attributes, item.ContentType, item.Tags)
+				p, err := properties(key, item.ID, item.Attributes, item.ContentType, item.Tags)
 				if err != nil {
 					return nil, err
 				}
@@ -177,8 +180,8 @@ func toError(ctx context.Context, op string, tr trace, err error) error {
 	case err == nil:
 		return nil
 	case errors.As(err, &token) && ctx.Err() == nil:
-		text := keyvaultsdk.OneLine(token.error)
-		if keyvaultsdk.Refuses(token.error) {
+		text := keyvaultwire.OneLine(token.error)
+		if refuses(token.error) {
 			return refuse(codes.Unavailable, secret.VaultRefused, "there is no token for the vault; give the program an identity: "+text)
 		}
 		return refuse(codes.Unavailable, secret.VaultUnavailable, "the token service cannot be reached or cannot do its work; try again: "+text)
@@ -188,26 +191,26 @@ func toError(ctx context.Context, op string, tr trace, err error) error {
 		return contextError(ctx)
 	case tr.status == http.StatusUnauthorized:
 		// The SDK sends no token to who gave this challenge, and says why.
-		return refuse(codes.Unavailable, secret.VaultRefused, "what answers takes no token for a vault; correct the URL: "+keyvaultsdk.OneLine(err))
+		return refuse(codes.Unavailable, secret.VaultRefused, "what answers takes no token for a vault; correct the URL: "+keyvaultwire.OneLine(err))
 	case tr.status != 0:
 		return refuse(codes.Unavailable, secret.VaultUnavailable, op+": an answer that cannot be read; try again")
 	}
-	return refuse(codes.Unavailable, secret.VaultUnavailable, "the vault cannot be reached; try again: "+op+": "+keyvaultsdk.TransportError(err).Error())
+	return refuse(codes.Unavailable, secret.VaultUnavailable, "the vault cannot be reached; try again: "+op+": "+keyvaultwire.TransportError(err).Error())
 }
 
 // answered sorts the vault's errors.
 func answered(op string, resp *azcore.ResponseError) error {
-	answer := keyvaultsdk.NewAnswerError(op, resp)
+	answer := answerError(op, resp)
 	switch {
 	case answer.Status == http.StatusNotFound:
 		return refuse(codes.NotFound, secret.SecretNotFound, notFoundText)
-	case answer.Status == http.StatusForbidden && answer.Inner == keyvaultsdk.InnerDisabled:
+	case answer.Status == http.StatusForbidden && answer.Inner == keyvaultwire.InnerDisabled:
 		return refuse(codes.FailedPrecondition, secret.SecretDisabled, disabledText)
 	case answer.Status == http.StatusUnauthorized, answer.Status == http.StatusForbidden:
 		return refuse(codes.Unavailable, secret.VaultRefused, "the vault refuses this program's identity; give it the role Key Vault Secrets User on the secret: "+answer.Error())
 	case answer.Status == http.StatusTooManyRequests:
 		e := refuse(codes.Unavailable, secret.VaultThrottled, "the vault takes no more requests now; try again later: "+answer.Error())
-		e.RetryAfter = max(throttleRetry, keyvaultsdk.RetryAfter(resp.RawResponse))
+		e.RetryAfter = max(throttleRetry, keyvaultwire.RetryAfter(resp.RawResponse))
 		return e
 	}
 	return refuse(codes.Unavailable, secret.VaultUnavailable, "the vault cannot do its work; try again: "+answer.Error())
@@ -224,4 +227,32 @@ func refuse(code codes.Code, reason secret.Reason, text string) *client.Error {
 func contextError(ctx context.Context) error {
 	st := status.FromContextError(ctx.Err())
 	return &client.Error{Code: st.Code(), Message: st.Message()}
+}
+
+// properties reads the SDK's words. A missing part is an error and no panic.
+func properties(key secret.Key, id *azsecrets.ID, a *azsecrets.SecretAttributes, contentType *string, tags map[string]*string) (versions.Properties, error) {
+	if id == nil || a == nil {
+		return versions.Properties{}, keyvaultwire.ErrIncomplete
+	}
+	return keyvaultwire.Properties(key, id.Version(), a.Enabled, a.Created, contentType, tags)
+}
+
+// answerError takes of the SDK's error what may be told.
+func answerError(op string, e *azcore.ResponseError) *keyvaultwire.AnswerError {
+	var header http.Header
+	var body []byte
+	if e.RawResponse != nil {
+		header = e.RawResponse.Header
+		body, _ = runtime.Payload(e.RawResponse) // kept by azcore, so that it can be read again
+	}
+	return keyvaultwire.NewAnswerError(op, e.ErrorCode, header, e.StatusCode, body)
+}
+
+// refuses reports whether a credential or its token service said no.
+func refuses(err error) bool {
+	var failed *azidentity.AuthenticationFailedError
+	if errors.As(err, &failed) {
+		return keyvaultwire.Refuses(err, true, failed.RawResponse)
+	}
+	return keyvaultwire.Refuses(err, false, nil)
 }

@@ -52,7 +52,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"github.com/exto/secrets-broker/client"
-	"github.com/exto/secrets-broker/internal/keyvaultsdk"
+	"github.com/exto/secrets-broker/internal/keyvaultwire"
 	"github.com/exto/secrets-broker/internal/versions"
 	"github.com/exto/secrets-broker/secret"
 )
@@ -99,7 +99,7 @@ var _ client.Getter = (*Vault)(nil)
 // cloud's vaults; other URLs are refused, since the host is where tokens go. It asks
 // nothing yet: the first Get does.
 func New(vaultURL string, cfg Config) (*Vault, error) {
-	url, _, err := keyvaultsdk.ParseURL(vaultURL)
+	url, _, err := keyvaultwire.ParseURL(vaultURL)
 	if err != nil {
 		return nil, fmt.Errorf("key vault: %w", err)
 	}
@@ -109,7 +109,7 @@ func New(vaultURL string, cfg Config) (*Vault, error) {
 			ClientOptions: azcore.ClientOptions{Retry: policy.RetryOptions{MaxRetries: 1}},
 		})
 		if err != nil {
-			return nil, fmt.Errorf("key vault: no credential: %s", keyvaultsdk.OneLine(err))
+			return nil, fmt.Errorf("key vault: no credential: %s", keyvaultwire.OneLine(err))
 		}
 	}
 	if cfg.Retry.TryTimeout == 0 {
@@ -120,18 +120,18 @@ func New(vaultURL string, cfg Config) (*Vault, error) {
 	}
 	v := &Vault{now: time.Now}
 	if cfg.Transport == nil {
-		v.own = keyvaultsdk.NewTransport()
+		v.own = keyvaultwire.NewTransport()
 		cfg.Transport = v.own
 	}
 	// Logging is left as it is, without bodies.
 	v.client, err = azsecrets.NewClient(url, credential{cfg.Credential}, &azsecrets.ClientOptions{ClientOptions: azcore.ClientOptions{
-		Transport:        &http.Client{Transport: cfg.Transport, CheckRedirect: keyvaultsdk.NoRedirect},
+		Transport:        &http.Client{Transport: cfg.Transport, CheckRedirect: keyvaultwire.NoRedirect},
 		Retry:            cfg.Retry,
 		PerCallPolicies:  []policy.Policy{policyFunc(stay(url))},
 		PerRetryPolicies: []policy.Policy{policyFunc(witness)}, // after the SDK's own authorization
 	}})
 	if err != nil {
-		return nil, fmt.Errorf("key vault: %s", keyvaultsdk.OneLine(err))
+		return nil, fmt.Errorf("key vault: %s", keyvaultwire.OneLine(err))
 	}
 	return v, nil
 }

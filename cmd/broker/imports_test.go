@@ -54,3 +54,23 @@ func TestImports(t *testing.T) {
 		}
 	}
 }
+
+// TestAzureImports: two packages, and what stands in for Azure, know its SDK.
+func TestAzureImports(t *testing.T) {
+	t.Parallel()
+	const module = "github.com/exto/secrets-broker/"
+	out, err := exec.Command("go", "list", "-f", `{{.ImportPath}}: {{join .Imports " "}}`, module+"...").Output()
+	if err != nil {
+		t.Fatalf("go list: %v", err)
+	}
+	var got []string
+	for line := range strings.Lines(string(out)) {
+		importer, imports, _ := strings.Cut(line, ": ")
+		if strings.Contains(imports, "github.com/Azure/azure-sdk-for-go/") {
+			got = append(got, strings.TrimPrefix(importer, module))
+		}
+	}
+	if want := []string{"client/direct", "server/vault/keyvault"}; !slices.Equal(got, want) {
+		t.Errorf("Azure's SDK is imported by %v, want %v", got, want)
+	}
+}

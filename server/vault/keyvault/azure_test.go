@@ -19,7 +19,7 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/azidentity"
 
 	"github.com/exto/secrets-broker/internal/keyvaultfake"
-	"github.com/exto/secrets-broker/internal/keyvaultsdk"
+	"github.com/exto/secrets-broker/internal/keyvaultwire"
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server/vault"
 	"github.com/exto/secrets-broker/server/vault/keyvault"
@@ -44,7 +44,7 @@ func TestAzure(t *testing.T) {
 	}
 	var made names
 	open := func(t *testing.T) vault.Vault {
-		credential := keyvaultsdk.NewTransport()
+		credential := keyvaultwire.NewTransport()
 		t.Cleanup(credential.CloseIdleConnections)
 		v, err := keyvault.Open(t.Context(), keyvault.Config{
 			URL:             url,

@@ -16,7 +16,7 @@ import (
 	"time"
 
 	"github.com/exto/secrets-broker/internal/keyvaultfake"
-	"github.com/exto/secrets-broker/internal/keyvaultsdk"
+	"github.com/exto/secrets-broker/internal/keyvaultwire"
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server/vault"
 	"github.com/exto/secrets-broker/server/vault/keyvault"
@@ -314,7 +314,7 @@ func TestWriteThatIsNotSentIsCertain(t *testing.T) {
 func proxied(f *keyvaultfake.Fake) *http.Transport {
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(f.CAPEM())
-	tr := keyvaultsdk.NewTransport()
+	tr := keyvaultwire.NewTransport()
 	tr.TLSClientConfig = &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}
 	tr.Proxy = func(*http.Request) (*url.URL, error) { return url.Parse(f.ProxyURL()) }
 	return tr

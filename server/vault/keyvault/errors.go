@@ -8,8 +8,9 @@ import (
 	"strings"
 
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore"
+	"github.com/Azure/azure-sdk-for-go/sdk/azcore/runtime"
 
-	"github.com/exto/secrets-broker/internal/keyvaultsdk"
+	"github.com/exto/secrets-broker/internal/keyvaultwire"
 	"github.com/exto/secrets-broker/server/vault"
 )
 
@@ -63,13 +64,13 @@ func (v *Vault) outcome(ctx context.Context, c *call, err error) error {
 		return answered(c, resp)
 	case c.status == http.StatusUnauthorized && ctx.Err() == nil:
 		// The SDK sends no token to who gave this challenge, and says why.
-		return fmt.Errorf("%w: %w", vault.ErrRefused, &challengeError{keyvaultsdk.OneLine(err)})
+		return fmt.Errorf("%w: %w", vault.ErrRefused, &challengeError{keyvaultwire.OneLine(err)})
 	case c.change && c.status/100 == 2:
 		return vault.Uncertain(fmt.Errorf("%w: %s: an answer that cannot be read", vault.ErrUnavailable, c.op))
 	case ctx.Err() != nil:
 		err = ctx.Err()
 	default:
-		err = fmt.Errorf("%w: %s: %w", vault.ErrUnavailable, c.op, keyvaultsdk.TransportError(err))
+		err = fmt.Errorf("%w: %s: %w", vault.ErrUnavailable, c.op, keyvaultwire.TransportError(err))
 	}
 	if c.change && c.sent.Load() {
 		return vault.Uncertain(err)
@@ -79,11 +80,11 @@ func (v *Vault) outcome(ctx context.Context, c *call, err error) error {
 
 // answered sorts the vault's errors.
 func answered(c *call, resp *azcore.ResponseError) error {
-	e := keyvaultsdk.NewAnswerError(c.op, resp)
+	e := answerError(c.op, resp)
 	switch {
 	case e.Status == http.StatusNotFound:
 		return fmt.Errorf("%w: %w", vault.ErrNotFound, e)
-	case e.Status == http.StatusForbidden && e.Inner == keyvaultsdk.InnerDisabled:
+	case e.Status == http.StatusForbidden && e.Inner == keyvaultwire.InnerDisabled:
 		return fmt.Errorf("%w: %w", vault.ErrDisabled, e)
 	case e.Status == http.StatusForbidden && c.change && !isPermission(e.Inner):
 		// A vault that takes no writes now: read-only after a failover of its region.
@@ -95,7 +96,7 @@ func answered(c *call, resp *azcore.ResponseError) error {
 	case e.Status == http.StatusConflict:
 		return fmt.Errorf("%w: %w", vault.ErrUnavailable, e)
 	case e.Status == http.StatusTooManyRequests:
-		return vault.Throttled(fmt.Errorf("%w: %w", vault.ErrThrottled, e), keyvaultsdk.RetryAfter(resp.RawResponse))
+		return vault.Throttled(fmt.Errorf("%w: %w", vault.ErrThrottled, e), keyvaultwire.RetryAfter(resp.RawResponse))
 	case e.Status == http.StatusBadRequest && c.query.Has(skipParam):
 		return fmt.Errorf("%w: %w", vault.ErrSkip, e)
 	case e.Status >= http.StatusInternalServerError, e.Status == http.StatusRequestTimeout:
@@ -122,3 +123,14 @@ func isPermission(inner string) bool {
 type challengeError struct{ text string }
 
 func (e *challengeError) Error() string { return e.text }
+
+// answerError takes of the SDK's error what may be told.
+func answerError(op string, e *azcore.ResponseError) *keyvaultwire.AnswerError {
+	var header http.Header
+	var body []byte
+	if e.RawResponse != nil {
+		header = e.RawResponse.Header
+		body, _ = runtime.Payload(e.RawResponse) // kept by azcore, so that it can be read again
+	}
+	return keyvaultwire.NewAnswerError(op, e.ErrorCode, header, e.StatusCode, body)
+}

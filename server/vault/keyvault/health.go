@@ -9,7 +9,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/exto/secrets-broker/internal/keyvaultsdk"
+	"github.com/exto/secrets-broker/internal/keyvaultwire"
 	"github.com/exto/secrets-broker/server/vault"
 )
 
@@ -67,9 +67,9 @@ func (v *Vault) begin(ctx context.Context) error {
 func (v *Vault) advice(err error) error {
 	var (
 		token *tokenError
-		resp  *keyvaultsdk.AnswerError
+		resp  *keyvaultwire.AnswerError
 		dns   *net.DNSError
-		proxy *keyvaultsdk.ProxyError
+		proxy *keyvaultwire.ProxyError
 		wrong *challengeError
 	)
 	switch {
@@ -101,7 +101,7 @@ func credentialAdvice(text string) string {
 		return "unset AZURE_TOKEN_CREDENTIALS, or set it to prod or dev"
 	case strings.Contains(text, "authority host"):
 		return "unset AZURE_AUTHORITY_HOST, or set it to the https address of the cloud's token service"
-	case strings.Contains(text, keyvaultsdk.WrongTenant), strings.Contains(text, "tenantID"):
+	case strings.Contains(text, keyvaultwire.WrongTenant), strings.Contains(text, "tenantID"):
 		return "set AZURE_TENANT_ID to the tenant of the vault"
 	}
 	return "on a laptop run az login; in CI set AZURE_TENANT_ID, AZURE_CLIENT_ID and AZURE_CLIENT_SECRET; on AKS give the pod a workload identity"

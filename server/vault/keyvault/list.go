@@ -8,7 +8,7 @@ import (
 
 	"github.com/Azure/azure-sdk-for-go/sdk/security/keyvault/azsecrets"
 
-	"github.com/exto/secrets-broker/internal/keyvaultsdk"
+	"github.com/exto/secrets-broker/internal/keyvaultwire"
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server/vault"
 )
@@ -30,7 +30,7 @@ func (v *Vault) Versions(ctx context.Context, key secret.Key) ([]vault.Propertie
 				return nil, err
 			}
 			for _, item := range resp.Value {
-				p, err := keyvaultsdk.Properties(key, item.ID, item.Attributes, item.ContentType, item.Tags)
+				p, err := properties(key, item.ID, item.Attributes, item.ContentType, item.Tags)
 				if err != nil {
 					return nil, err
 				}
@@ -66,7 +66,7 @@ func (v *Vault) List(ctx context.Context, skip string, max int) (vault.Page, err
 			if !ok {
 				continue
 			}
-			p, err := keyvaultsdk.Properties(key, item.ID, item.Attributes, item.ContentType, item.Tags)
+			p, err := properties(key, item.ID, item.Attributes, item.ContentType, item.Tags)
 			if err != nil {
 				return nil, err
 			}
@@ -174,4 +174,12 @@ func keyOf(id *azsecrets.ID) (secret.Key, bool) {
 	}
 	key, err := secret.ParseKey(strings.ToLower(parts[1]))
 	return key, err == nil
+}
+
+// properties reads the SDK's words. A missing part is an error and no panic.
+func properties(key secret.Key, id *azsecrets.ID, a *azsecrets.SecretAttributes, contentType *string, tags map[string]*string) (vault.Properties, error) {
+	if id == nil || a == nil {
+		return vault.Properties{}, keyvaultwire.ErrIncomplete
+	}
+	return keyvaultwire.Properties(key, id.Version(), a.Enabled, a.Created, contentType, tags)
 }

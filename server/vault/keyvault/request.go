@@ -15,7 +15,7 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
 	"github.com/Azure/azure-sdk-for-go/sdk/azidentity"
 
-	"github.com/exto/secrets-broker/internal/keyvaultsdk"
+	"github.com/exto/secrets-broker/internal/keyvaultwire"
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server/vault"
 )
@@ -94,7 +94,7 @@ func (v *Vault) once(ctx context.Context, c *call, f func(context.Context) error
 	if err := v.ready(ctx); err != nil {
 		return err
 	}
-	return v.outcome(ctx, c, keyvaultsdk.NoPanic(context.WithValue(ctx, callKey{}, c), f))
+	return v.outcome(ctx, c, keyvaultwire.NoPanic(context.WithValue(ctx, callKey{}, c), f))
 }
 
 // addQuery adds what the SDK has no option for.
@@ -157,7 +157,7 @@ func (v *Vault) transmit(req *policy.Request) (*http.Response, error) {
 	c.status = resp.StatusCode
 	switch {
 	case resp.StatusCode == http.StatusTooManyRequests:
-		budget.throttled(keyvaultsdk.RetryAfter(resp))
+		budget.throttled(keyvaultwire.RetryAfter(resp))
 	case resp.StatusCode == http.StatusUnauthorized && bearer != "":
 		v.tokens.reject(bearer)
 	case resp.StatusCode < http.StatusInternalServerError:

@@ -126,7 +126,7 @@ func TestSpentBudget(t *testing.T) {
 		}
 		key, version := w.prepare(t, f)
 		ctx, effects := counted(t.Context())
-		ctx, cancel := context.WithTimeout(ctx, 200*time.Millisecond)
+		ctx, cancel := context.WithTimeout(ctx, time.Second)
 		defer cancel()
 		err := w.do(ctx, v, key, version)
 		wantError(t, string(w.op), err, vault.ErrThrottled)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"net/http"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -13,7 +14,7 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
 	"github.com/Azure/azure-sdk-for-go/sdk/azidentity"
 
-	"github.com/exto/secrets-broker/internal/keyvaultsdk"
+	"github.com/exto/secrets-broker/internal/keyvaultwire"
 	"github.com/exto/secrets-broker/server/vault"
 )
 
@@ -168,11 +169,11 @@ func (t *tokens) fetch(f *fetch, o policy.TokenRequestOptions) {
 	inner := t.inner
 	t.mu.Unlock()
 	var token azcore.AccessToken
-	err := keyvaultsdk.NoPanic(ctx, func(ctx context.Context) (err error) {
+	err := keyvaultwire.NoPanic(ctx, func(ctx context.Context) (err error) {
 		if inner == nil {
 			made, err := t.credential()
 			if err != nil { // and made may be a pointer that is nil
-				return &tokenError{vault.ErrRefused, keyvaultsdk.OneLine(err)}
+				return &tokenError{vault.ErrRefused, keyvaultwire.OneLine(err)}
 			}
 			inner = made
 		}
@@ -248,15 +249,20 @@ func newTokenError(err error) error {
 	if errors.As(err, &known) {
 		return known
 	}
-	text := keyvaultsdk.OneLine(err)
-	if !keyvaultsdk.Refuses(err) {
+	text := keyvaultwire.OneLine(err)
+	var failed *azidentity.AuthenticationFailedError
+	var answer *http.Response
+	asked := errors.As(err, &failed)
+	if asked {
+		answer = failed.RawResponse
+	}
+	if !keyvaultwire.Refuses(err, asked, answer) {
 		return &tokenError{vault.ErrUnavailable, text}
 	}
-	var failed *azidentity.AuthenticationFailedError
 	switch {
-	case strings.Contains(err.Error(), keyvaultsdk.WrongTenant):
+	case strings.Contains(err.Error(), keyvaultwire.WrongTenant):
 		text = "AZURE_TENANT_ID is not the tenant of the vault: " + text
-	case !errors.As(err, &failed):
+	case !asked:
 		text = "no credential: " + text
 	}
 	return &tokenError{vault.ErrRefused, text}

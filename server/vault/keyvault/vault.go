@@ -29,7 +29,7 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/security/keyvault/azsecrets"
 	"golang.org/x/sync/singleflight"
 
-	"github.com/exto/secrets-broker/internal/keyvaultsdk"
+	"github.com/exto/secrets-broker/internal/keyvaultwire"
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server/vault"
 )
@@ -101,7 +101,7 @@ var _ vault.Vault = (*Vault)(nil)
 // credential or no permission, with an error that says what to do. A vault that
 // cannot be reached now is no error: it is asked until it answers.
 func Open(ctx context.Context, cfg Config) (*Vault, error) {
-	url, name, err := keyvaultsdk.ParseURL(cfg.URL)
+	url, name, err := keyvaultwire.ParseURL(cfg.URL)
 	if err != nil {
 		return nil, fmt.Errorf("AZURE_KEY_VAULT_URL (--azure-key-vault-url): %w", err)
 	}
@@ -121,7 +121,7 @@ func Open(ctx context.Context, cfg Config) (*Vault, error) {
 		cfg.Wait = vault.Wait
 	}
 	if cfg.Transport == nil {
-		cfg.Transport = keyvaultsdk.NewTransport()
+		cfg.Transport = keyvaultwire.NewTransport()
 	}
 	if cfg.Credential == nil {
 		cfg.Credential = func() (azcore.TokenCredential, error) {
@@ -146,7 +146,7 @@ func Open(ctx context.Context, cfg Config) (*Vault, error) {
 	v.tokens = newTokens(v.running, cfg.Credential, cfg.Logger)
 	quietSDK()
 	v.client, err = azsecrets.NewClient(url, v.tokens, &azsecrets.ClientOptions{ClientOptions: azcore.ClientOptions{
-		Transport:        &http.Client{Transport: v.http, CheckRedirect: keyvaultsdk.NoRedirect},
+		Transport:        &http.Client{Transport: v.http, CheckRedirect: keyvaultwire.NoRedirect},
 		Retry:            policy.RetryOptions{MaxRetries: -1}, // one try
 		PerCallPolicies:  []policy.Policy{policyFunc(addQuery)},
 		PerRetryPolicies: []policy.Policy{policyFunc(v.transmit)}, // after the SDK's own authorization
@@ -197,7 +197,7 @@ func (v *Vault) Set(ctx context.Context, key secret.Key, nv vault.NewVersion) (v
 	set := func(ctx context.Context) error {
 		resp, err := v.client.SetSecret(ctx, key.String(), params, nil)
 		if err == nil {
-			p, err = keyvaultsdk.Properties(key, resp.ID, resp.Attributes, resp.ContentType, resp.Tags)
+			p, err = properties(key, resp.ID, resp.Attributes, resp.ContentType, resp.Tags)
 		}
 		return err
 	}
@@ -236,7 +236,7 @@ func (v *Vault) Get(ctx context.Context, key secret.Key, version string) (vault.
 		if resp.Value != nil {
 			value = secret.NewValue(*resp.Value)
 		}
-		p, err = keyvaultsdk.Properties(key, resp.ID, resp.Attributes, resp.ContentType, resp.Tags)
+		p, err = properties(key, resp.ID, resp.Attributes, resp.ContentType, resp.Tags)
 		return err
 	})
 	if err == nil || errors.Is(err, vault.ErrDisabled) {
@@ -268,7 +268,7 @@ func (v *Vault) Update(ctx context.Context, key secret.Key, version string, patc
 	err := v.change(ctx, key, "Update", func(ctx context.Context) error {
 		resp, err := v.client.UpdateSecretProperties(ctx, key.String(), version, params, nil)
 		if err == nil {
-			p, err = keyvaultsdk.Properties(key, resp.ID, resp.Attributes, resp.ContentType, resp.Tags)
+			p, err = properties(key, resp.ID, resp.Attributes, resp.ContentType, resp.Tags)
 		}
 		return err
 	})
@@ -328,7 +328,7 @@ func absentIfGone(err error) error {
 }
 
 func deleted(key secret.Key, id *azsecrets.ID, a *azsecrets.SecretAttributes, contentType *string, tags map[string]*string, at, purge *time.Time) (vault.Deleted, error) {
-	p, err := keyvaultsdk.Properties(key, id, a, contentType, tags)
+	p, err := properties(key, id, a, contentType, tags)
 	d := vault.Deleted{Properties: p}
 	if at != nil {
 		d.DeletedAt = at.UTC()

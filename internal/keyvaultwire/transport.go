@@ -1,7 +1,7 @@
-// Package keyvaultsdk is what the use of Azure's SDK for Key Vault takes, to be safe
-// and to say what went wrong. The broker and client/direct use it so, and nothing else
-// does.
-package keyvaultsdk
+// Package keyvaultwire is how Key Vault is spoken to safely, and what its answers and
+// failures mean: what the broker and client/direct, each over Azure's SDK, have in
+// common. It does not import that itself.
+package keyvaultwire
 
 import (
 	"context"

@@ -1,4 +1,4 @@
-package keyvaultsdk_test
+package keyvaultwire_test
 
 import (
 	"errors"
@@ -7,15 +7,15 @@ import (
 	"testing"
 	"time"
 
-	"github.com/exto/secrets-broker/internal/keyvaultsdk"
+	"github.com/exto/secrets-broker/internal/keyvaultwire"
 )
 
 func TestOneLine(t *testing.T) {
 	t.Parallel()
-	if got, want := keyvaultsdk.OneLine(errors.New("a\n\tb\r\n-----\nc")), "a b c"; got != want {
+	if got, want := keyvaultwire.OneLine(errors.New("a\n\tb\r\n-----\nc")), "a b c"; got != want {
 		t.Errorf("got %q, want %q", got, want)
 	}
-	if got := keyvaultsdk.OneLine(errors.New(strings.Repeat("ü", 500) + "x" + strings.Repeat("ü", 500))); len(got) > 700 || strings.ContainsRune(got, '\uFFFD') {
+	if got := keyvaultwire.OneLine(errors.New(strings.Repeat("ü", 500) + "x" + strings.Repeat("ü", 500))); len(got) > 700 || strings.ContainsRune(got, '\uFFFD') {
 		t.Errorf("got %q, want it cut between two letters", got)
 	}
 }
@@ -35,7 +35,7 @@ func TestRetryAfter(t *testing.T) {
 		"Fri, 02 Jan 2999 15:04:05 GMT": time.Minute,
 	} {
 		resp := &http.Response{Header: http.Header{"Retry-After": {header}}}
-		if got := keyvaultsdk.RetryAfter(resp); got != want {
+		if got := keyvaultwire.RetryAfter(resp); got != want {
 			t.Errorf("%q: got %v, want %v", header, got, want)
 		}
 	}

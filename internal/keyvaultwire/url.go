@@ -1,4 +1,4 @@
-package keyvaultsdk
+package keyvaultwire
 
 import (
 	"errors"

@@ -1,4 +1,4 @@
-package keyvaultsdk
+package keyvaultwire
 
 import (
 	"context"
@@ -10,10 +10,6 @@ import (
 	"strconv"
 	"strings"
 	"time"
-
-	"github.com/Azure/azure-sdk-for-go/sdk/azcore"
-	"github.com/Azure/azure-sdk-for-go/sdk/azcore/runtime"
-	"github.com/Azure/azure-sdk-for-go/sdk/azidentity"
 )
 
 // InnerDisabled is the inner code of the 403 for a version that is disabled.
@@ -35,24 +31,16 @@ func (e *AnswerError) Error() string {
 	return s + fmt.Sprintf(" (x-ms-request-id %s, region %s)", e.RequestID, e.Region)
 }
 
-// NewAnswerError takes of the SDK's error what may be told.
-func NewAnswerError(op string, resp *azcore.ResponseError) *AnswerError {
-	e := &AnswerError{Op: op, Status: resp.StatusCode, Code: word(resp.ErrorCode), Inner: innerCode(resp.RawResponse)}
-	if h := resp.RawResponse; h != nil {
-		e.RequestID, e.Region = word(h.Header.Get("x-ms-request-id")), word(h.Header.Get("x-ms-keyvault-region"))
+// NewAnswerError takes of an answer what may be told; code is what the SDK read of it.
+func NewAnswerError(op, code string, header http.Header, status int, body []byte) *AnswerError {
+	return &AnswerError{
+		Op: op, Status: status, Code: word(code), Inner: innerCode(body),
+		RequestID: word(header.Get("x-ms-request-id")), Region: word(header.Get("x-ms-keyvault-region")),
 	}
-	return e
 }
 
 // innerCode is error.innererror.code of an answer, which azcore does not read.
-func innerCode(resp *http.Response) string {
-	if resp == nil {
-		return ""
-	}
-	body, err := runtime.Payload(resp) // kept by azcore, so that it can be read again
-	if err != nil {
-		return ""
-	}
+func innerCode(body []byte) string {
 	var told struct {
 		Error struct {
 			Inner struct {
@@ -109,17 +97,16 @@ func RetryAfter(resp *http.Response) time.Duration {
 const WrongTenant = "isn't configured to acquire tokens for tenant"
 
 // Refuses reports whether err, of a credential, is a refusal, or that there is no
-// credential: not that the token service cannot be reached or cannot do its work.
-func Refuses(err error) bool {
-	var failed *azidentity.AuthenticationFailedError
+// credential: not that the token service cannot be reached or cannot do its work. Where
+// a credential did ask, answer is what it got, which may be nothing.
+func Refuses(err error, asked bool, answer *http.Response) bool {
 	switch {
-	case errors.As(err, &failed) && strings.Contains(err.Error(), WrongTenant):
+	case asked && strings.Contains(err.Error(), WrongTenant):
 		return true
-	case errors.As(err, &failed) && failed.RawResponse == nil,
-		errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
+	case asked && answer == nil, errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
 		return false
-	case errors.As(err, &failed):
-		status := failed.RawResponse.StatusCode
+	case asked:
+		status := answer.StatusCode
 		return status < http.StatusInternalServerError && status != http.StatusTooManyRequests && status != http.StatusRequestTimeout
 	}
 	return true // no credential of the chain had what it takes to ask
