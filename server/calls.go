@@ -178,7 +178,7 @@ func endOf(ctx context.Context, err error) error {
 func decideUnary(g *gate) grpc.UnaryServerInterceptor {
 	return func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 		c := callFrom(ctx)
-		if err := g.enter(c, &c.account.calls, g.accounts.calls); err != nil {
+		if err := g.enter(ctx, c, &c.account.calls, g.accounts.calls); err != nil {
 			return nil, g.conclude(ctx, c, err)
 		}
 		defer c.account.calls.Add(-1)
@@ -210,7 +210,7 @@ const judgeEvery = 2 * time.Second
 func decideStream(g *gate) grpc.StreamServerInterceptor {
 	return func(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
 		c := callFrom(stream.Context())
-		if err := g.enter(c, &c.account.streams, g.accounts.streams); err != nil {
+		if err := g.enter(stream.Context(), c, &c.account.streams, g.accounts.streams); err != nil {
 			return g.conclude(stream.Context(), c, err)
 		}
 		defer c.account.streams.Add(-1)

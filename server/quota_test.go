@@ -2,7 +2,6 @@ package server_test
 
 import (
 	"context"
-
 	"sync"
 	"testing"
 	"time"
@@ -70,8 +69,12 @@ func TestRequestsPerSecond(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	begun := time.Now()
 	if wait := wantQuota(t, list(t, c), ""); wait != time.Second/4 {
 		t.Errorf("got RetryInfo %v, want the time of one request, 250 ms", wait)
+	}
+	if took := time.Since(begun); took < server.QuotaPause {
+		t.Errorf("got the refusal after %v, want it held back for %v", took, server.QuotaPause)
 	}
 	_, err := c.PutSecret(callContext(t), &secretsv1.PutSecretRequest{Ref: ref("demo", tokenKind), Value: "tok"})
 	wantQuota(t, err, secret.NotApplied)
