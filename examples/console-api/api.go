@@ -32,13 +32,6 @@ func (a *api) routes() http.Handler {
 	return mux
 }
 
-// created is the one answer that holds a secret: the token goes to whoever sets
-// the instance up, and is not kept.
-type created struct {
-	ID                string `json:"id"`
-	RegistrationToken string `json:"registration_token"`
-}
-
 // create makes an instance. The row is written first, in state creating, and made
 // active last. So a crash anywhere leaves no secret of which no row tells: the row
 // is still creating, a further POST is refused, and DELETE takes away what there
@@ -46,7 +39,7 @@ type created struct {
 //
 // The broker makes the token. If the answer is lost after that, rotate makes
 // another one.
-func (a *api) create(r *http.Request) (any, error) {
+func (a *api) create(r *http.Request) (*answer, error) {
 	var in struct {
 		ID               string `json:"id"`
 		DatabaseURI      string `json:"database_uri"`
@@ -105,7 +98,7 @@ func (a *api) undo(ctx context.Context, id secret.InstanceID) error {
 
 // rotate makes another token. The old one is good for the grace period. Without
 // AllowMissing: the token of an instance that is being deleted stays deleted.
-func (a *api) rotate(r *http.Request) (any, error) {
+func (a *api) rotate(r *http.Request) (*answer, error) {
 	var in struct {
 		Grace string `json:"grace"`
 	}
@@ -129,7 +122,7 @@ func (a *api) rotate(r *http.Request) (any, error) {
 
 // connect gives an instance another database. It overwrites the version that it
 // saw and no other: a URI that somebody else wrote or deleted meanwhile stays so.
-func (a *api) connect(r *http.Request) (any, error) {
+func (a *api) connect(r *http.Request) (*answer, error) {
 	var in struct {
 		DatabaseURI string `json:"database_uri"`
 	}
@@ -159,7 +152,7 @@ func (a *api) connect(r *http.Request) (any, error) {
 // gone, so that after a crash in between the row still says what is to be done.
 // It may be run again at any time, without a row too. The mark stops a create that
 // is under way.
-func (a *api) decommission(r *http.Request) (any, error) {
+func (a *api) decommission(r *http.Request) (*answer, error) {
 	id, err := parseID(r)
 	if err != nil {
 		return nil, err
@@ -176,7 +169,7 @@ func (a *api) decommission(r *http.Request) (any, error) {
 
 // hello stands for what instances call. Whether a token is good the broker knows,
 // and the Verifier remembers for as long as nothing changes.
-func (a *api) hello(r *http.Request) (any, error) {
+func (a *api) hello(r *http.Request) (*answer, error) {
 	id, err := parseID(r)
 	if err != nil {
 		return nil, err
@@ -192,7 +185,7 @@ func (a *api) hello(r *http.Request) (any, error) {
 	if !result.OK() {
 		return nil, problem{http.StatusUnauthorized, "not a token of this instance"}
 	}
-	return map[string]string{"hello": id.String()}, nil
+	return &answer{ID: id.String()}, nil
 }
 
 func (a *api) put(ctx context.Context, ref string, value secret.Value, o client.PutOptions) error {
@@ -212,7 +205,10 @@ func (a *api) rotateToken(ctx context.Context, row rows.Row, o client.RotateOpti
 	return rotated.Value, err
 }
 
-func handOut(row rows.Row, token secret.Value) created { return created{row.ID, token.Reveal()} }
+// handOut gives the token to whoever sets the instance up. It is not kept.
+func handOut(row rows.Row, token secret.Value) *answer {
+	return &answer{ID: row.ID, RegistrationToken: token.Reveal()}
+}
 
 // active is the row that a request is about.
 func (a *api) active(r *http.Request) (rows.Row, error) {
@@ -232,7 +228,7 @@ func (a *api) active(r *http.Request) (rows.Row, error) {
 
 // operated lets the operator in and nobody else.
 func (a *api) operated(h handler) http.HandlerFunc {
-	return answered(func(r *http.Request) (any, error) {
+	return answered(func(r *http.Request) (*answer, error) {
 		if token, ok := bearer(r); !ok || !token.Equal(a.operator) {
 			return nil, problem{http.StatusUnauthorized, "only for the operator"}
 		}
@@ -240,8 +236,13 @@ func (a *api) operated(h handler) http.HandlerFunc {
 	})
 }
 
-// handler answers a request with something for JSON, or nothing.
-type handler func(*http.Request) (any, error)
+// answer is the body of an answer; nil: there is none.
+type answer struct {
+	ID                string `json:"id"`
+	RegistrationToken string `json:"registration_token,omitempty"`
+}
+
+type handler func(*http.Request) (*answer, error)
 
 func answered(h handler) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {

@@ -128,9 +128,9 @@ func (s *system) addresses(ctx context.Context) (secrets []string, err error) {
 		secrets = append(secrets, password)
 	}
 	oidc := rand.Text()
-	for name, body := range map[string]any{
-		"create":     map[string]string{"id": demo, "database_uri": uris[0], "oidc_client_secret": oidc},
-		"connection": map[string]string{"database_uri": uris[1]},
+	for name, body := range map[string]map[string]string{
+		"create":     {"id": demo, "database_uri": uris[0], "oidc_client_secret": oidc},
+		"connection": {"database_uri": uris[1]},
 	} {
 		text, err := json.Marshal(body)
 		if err == nil {
