@@ -243,9 +243,32 @@ func (s *story) decommissioned() {
 	}
 }
 
-// The instance, which was never restarted, finds its new secrets.
+// The Console API dies in the middle of the first attempt: the row tells of it, and
+// what there is can be deleted. At the second, the instance, which was never
+// restarted, finds its new secrets.
 func (s *story) createdAgain() {
 	old := s.token
+	release := s.holdOnce(keyvaultfake.OpSet, "instance-demo-oidc-secret")
+	versions := len(s.vault.Versions("instance-demo-oidc-secret"))
+	cut := make(chan struct{})
+	go func() {
+		defer close(cut)
+		_, _, _ = s.call(s.ctx, http.MethodPost, "/instances", s.body("create"))
+	}()
+	eventually(s.t, "the vault has the second secret", func() bool { return len(s.vault.Versions("instance-demo-oidc-secret")) > versions })
+	s.consoleProcess.end(syscall.SIGKILL)
+	release()
+	<-cut
+	s.startConsoleAPI()
+	if row, err := s.table.Get(s.ctx, s.key.InstanceID()); err != nil || row.State != rows.Creating {
+		s.t.Errorf("after a crash got row %v, %v, want one that says creating", row, err)
+	}
+	if status, answer := s.operator(http.MethodPost, "/instances", s.body("create")); status != http.StatusConflict {
+		s.t.Errorf("over a part of an instance: got %d %s, want 409", status, answer)
+	}
+	if status, answer := s.operator(http.MethodDelete, "/instances/demo", nil); status != http.StatusNoContent {
+		s.t.Errorf("deleting a part of an instance: got %d %s, want 204", status, answer)
+	}
 	s.token = s.handedOut(http.MethodPost, "/instances", s.body("create"))
 	s.goesOn(20, 6)
 	before := s.counts()
