@@ -11,7 +11,7 @@ SEEDS ?= 2000
 QUICK ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run run-keyvault serve build test test-azure check generate bench fuzz soak
+.PHONY: help run run-keyvault examples serve build test test-azure check generate bench fuzz soak
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,11 @@ run: build ## start a broker on this machine with no set-up, in .broker-dev
 run-keyvault: build ## the same on an Azure Key Vault in memory; Linux only
 	@go build -o bin/run-keyvault ./internal/run-keyvault && exec bin/run-keyvault bin/broker
 
+# Again a program of its own, which starts the others and ends them.
+examples: build ## run the three example programs with a broker and a database
+	@cd examples && go build -o ../bin/ ./console-api ./worker ./instance && go build -o ../bin/examples ./run
+	@exec bin/examples bin
+
 serve: build ## start a broker as configured by .env and the environment
 	@set -a; if [ -f .env ]; then . ./.env; fi; set +a; exec bin/broker serve
 
@@ -31,6 +36,7 @@ build: ## build bin/broker
 
 test: ## run all tests
 	go test $(PACKAGES)
+	cd examples && go test $(PACKAGES)
 
 test-azure: ## hold the real vault AZURE_KEY_VAULT_URL against the suite of all vaults
 	@[ "$$SECRET_STORE_PROVIDER" = azure-keyvault ] && [ -n "$$AZURE_KEY_VAULT_URL" ] || \

@@ -6,9 +6,10 @@ cd "$(dirname "$0")/.."
 tool() { go tool -modfile=tools/go.mod "$@"; }
 step() { printf '== %s\n' "$*"; }
 
-step 'go.mod and tools/go.mod are tidy'
-go mod tidy -diff
-(cd tools && go mod tidy -diff)
+step 'every go.mod is tidy'
+for module in . tools examples; do
+	(cd "$module" && go mod tidy -diff)
+done
 
 step 'generated code is what buf makes of proto/'
 before=$(find gen -type f -exec sha256sum {} + | sort)
@@ -45,10 +46,12 @@ fi
 step 'vet and staticcheck'
 go vet ./...
 tool staticcheck ./...
+(cd examples && go vet ./... && go tool -modfile=../tools/go.mod staticcheck ./...)
 
 step 'secrets are never formatted, and nothing weak is used (tools/vet)'
 (cd tools && go vet ./... && go test ./... && go build -o ../bin/vet ./vet)
 go vet -vettool="$PWD/bin/vet" ./...
+(cd examples && go vet -vettool="$PWD/../bin/vet" ./...)
 
 step 'known vulnerabilities'
 if ! report=$(tool govulncheck ./... 2>&1); then
@@ -67,8 +70,11 @@ for os in linux darwin; do
 		GOOS=$os GOARCH=$arch go vet ./...
 	done
 done
+# One of them will do: SQLite takes long.
+step 'the examples compile for darwin/arm64, tests too'
+(cd examples && GOOS=darwin GOARCH=arm64 go vet ./...)
 
-# Without the tests of the program: they look at a process, which is built without the
-# detector, and all that runs in it is looked at here.
+# Without the tests of the program and of the examples: they look at processes, which are
+# built without the detector, and all that runs in the broker is looked at here.
 step 'tests with the race detector'
 go test -race $(go list ./... | grep -v '/cmd/broker$')

@@ -4,6 +4,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -70,5 +71,47 @@ func TestSecurityPageNamesTests(t *testing.T) {
 		if !strings.Contains(string(source), "\nfunc "+l[1]+"(") {
 			t.Errorf("%s has no %s", l[2], l[1])
 		}
+	}
+}
+
+// TestGoBlocksAreCompiled: the Go code in the pages stands, line for line, in a file
+// that is compiled. Only the indentation may differ.
+func TestGoBlocksAreCompiled(t *testing.T) {
+	t.Parallel()
+	const root = "../.."
+	plain := func(text string) string {
+		var b strings.Builder
+		for line := range strings.Lines(text) {
+			b.WriteString("\n" + strings.TrimSpace(line))
+		}
+		return b.String() + "\n"
+	}
+	var pages, sources []string
+	if err := filepath.WalkDir(root, func(path string, d os.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return err
+		case d.IsDir() && (d.Name() == "testdata" || path != root && strings.HasPrefix(d.Name(), ".")):
+			return filepath.SkipDir
+		case filepath.Ext(path) == ".md":
+			pages = append(pages, path)
+		case filepath.Ext(path) == ".go":
+			sources = append(sources, plain(string(must2(os.ReadFile(path))(t))))
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	blocks := 0
+	for _, page := range pages {
+		for _, m := range regexp.MustCompile("(?ms)^```go\n(.*?)^```$").FindAllStringSubmatch(string(must2(os.ReadFile(page))(t)), -1) {
+			blocks++
+			if !slices.ContainsFunc(sources, func(source string) bool { return strings.Contains(source, plain(m[1])) }) {
+				t.Errorf("%s: no Go file has\n%s", page, m[1])
+			}
+		}
+	}
+	if blocks < 4 {
+		t.Errorf("got %d blocks, want those of README.md and examples/README.md", blocks)
 	}
 }

@@ -51,6 +51,10 @@ var revealing = map[string]string{
 	"(*client.Client).Verify":        "puts it into the request",
 	"client.valid":                   "asks whether it is UTF-8",
 	"(*client.Verifier).VerifyToken": "makes a keyed digest of it",
+
+	"examples/console-api.handOut":       "hands the token out, once",
+	"examples/worker.open":               "opens the database with it",
+	"(*examples/instance.console).hello": "shows the token to the Console",
 }
 
 // apart are packages that the rule is not for.

@@ -1,0 +1,217 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/exto/secrets-broker/client"
+	"github.com/exto/secrets-broker/client/brokertest"
+	"github.com/exto/secrets-broker/examples/rows"
+	"github.com/exto/secrets-broker/secret"
+)
+
+const creation = `{"id": "demo", "database_uri": "postgres://app:password@db-7/orders", "oidc_client_secret": "correct horse"}`
+
+// bench is an api on a broker and a SQLite file.
+type bench struct {
+	t      *testing.T
+	broker *brokertest.Broker
+	api    *api
+}
+
+func newBench(t *testing.T) *bench {
+	t.Helper()
+	b := brokertest.New(t)
+	c := b.Client("console-api")
+	table, err := rows.Open("sqlite:" + filepath.Join(t.TempDir(), "console.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = table.Close() })
+	if err := table.Prepare(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return &bench{t, b, &api{c, client.NewVerifier(t.Context(), c, client.VerifierOptions{Instances: 10}), table, secret.NewValue("operator")}}
+}
+
+// ask makes a request with a bearer token. For any goroutine.
+func (b *bench) ask(ctx context.Context, method, path, token, body string) (int, string) {
+	req := httptest.NewRequestWithContext(ctx, method, path, strings.NewReader(body))
+	if token != "" {
+		req.Header.Set("Authorization", "Bearer "+token)
+	}
+	w := httptest.NewRecorder()
+	b.api.routes().ServeHTTP(w, req)
+	return w.Code, w.Body.String()
+}
+
+func (b *bench) want(status int, method, path, token, body string) string {
+	b.t.Helper()
+	got, answer := b.ask(b.t.Context(), method, path, token, body)
+	if got != status {
+		b.t.Errorf("%s %s: got %d %s, want %d", method, path, got, answer, status)
+	}
+	return answer
+}
+
+func (b *bench) live() (keys []string) {
+	b.t.Helper()
+	for m, err := range b.api.broker.List(b.t.Context(), client.ListOptions{}) {
+		if err != nil {
+			b.t.Fatal(err)
+		}
+		keys = append(keys, m.Key.String())
+	}
+	return keys
+}
+
+func TestWhoMayCall(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	for _, route := range []string{"POST /instances", "POST /instances/demo/rotate", "PUT /instances/demo/connection", "DELETE /instances/demo"} {
+		method, path, _ := strings.Cut(route, " ")
+		for _, token := range []string{"", "wrong", "operato", "operator2"} {
+			b.want(http.StatusUnauthorized, method, path, token, creation)
+		}
+	}
+	var out answer
+	if err := json.Unmarshal([]byte(b.want(http.StatusOK, "POST", "/instances", "operator", creation)), &out); err != nil {
+		t.Fatal(err)
+	}
+	b.want(http.StatusOK, "GET", "/v1/instances/demo/hello", out.RegistrationToken, "")
+	for _, token := range []string{"", "wrong", "operator", out.RegistrationToken + "x"} {
+		b.want(http.StatusUnauthorized, "GET", "/v1/instances/demo/hello", token, "")
+	}
+	b.want(http.StatusUnauthorized, "GET", "/v1/instances/other/hello", out.RegistrationToken, "")
+	b.want(http.StatusNotFound, "GET", "/v1/instances/NONE/hello", out.RegistrationToken, "")
+}
+
+// Nobody is told that a token is wrong when nobody can know.
+func TestHelloWithoutTheVault(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	over := b.broker.VaultOutage()
+	defer over()
+	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer cancel()
+	if got, answer := b.ask(ctx, "GET", "/v1/instances/demo/hello", "token", ""); got != http.StatusServiceUnavailable {
+		t.Errorf("got %d %s, want 503", got, answer)
+	}
+}
+
+// What is refused leaves nothing behind, and no error repeats a secret.
+func TestBadRequests(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	for _, body := range []string{
+		"", "{", `{"id": "demo-hunter2"`, `{"hunter2": 1}`, `{"id": "demo", "database_uri": 17, "oidc_client_secret": "hunter2"}`,
+		strings.Replace(creation, "postgres:", "hunter2:", 1), strings.Replace(creation, "correct horse", "hunter2\\n", 1), strings.Replace(creation, `"demo"`, `"HUNTER2"`, 1),
+		`{"id": "` + strings.Repeat("x", 70<<10) + `"}`,
+	} {
+		if answer := b.want(http.StatusBadRequest, "POST", "/instances", "operator", body); strings.Contains(answer, "hunter2") {
+			t.Errorf("%.80s: got %s, which holds a part of it", body, answer)
+		}
+	}
+	if keys := b.live(); len(keys) != 0 {
+		t.Errorf("got secrets %v, want none", keys)
+	}
+	b.want(http.StatusNotFound, "POST", "/instances/demo/rotate", "operator", `{"grace": "1m"}`)
+	b.want(http.StatusNotFound, "PUT", "/instances/demo/connection", "operator", `{"database_uri": "postgres://h/db"}`)
+	b.want(http.StatusNoContent, "DELETE", "/instances/demo", "operator", "")
+	b.want(http.StatusOK, "POST", "/instances", "operator", creation)
+	for _, grace := range []string{"", "1", "-1s", "25h"} {
+		b.want(http.StatusBadRequest, "POST", "/instances/demo/rotate", "operator", `{"grace": "`+grace+`"}`)
+	}
+	b.want(http.StatusBadRequest, "PUT", "/instances/demo/connection", "operator", `{"database_uri": "hunter2"}`)
+}
+
+// A URI that somebody deleted is not brought back by another connection, nor a
+// token by a rotation.
+func TestDeletedStaysDeleted(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	b.want(http.StatusOK, "POST", "/instances", "operator", creation)
+	b.want(http.StatusNoContent, "PUT", "/instances/demo/connection", "operator", `{"database_uri": "postgres://h/db"}`)
+	brokertest.MustDelete(t, b.api.broker, brokertest.MustKey(t, "demo", secret.DatabaseURI))
+	brokertest.MustDelete(t, b.api.broker, brokertest.MustKey(t, "demo", secret.RegistrationToken))
+	b.want(http.StatusConflict, "PUT", "/instances/demo/connection", "operator", `{"database_uri": "postgres://h/db"}`)
+	b.want(http.StatusConflict, "POST", "/instances/demo/rotate", "operator", `{"grace": "1m"}`)
+	if keys := b.live(); len(keys) != 1 {
+		t.Errorf("got secrets %v, want the client secret alone", keys)
+	}
+}
+
+// Whichever of the two is faster, no secret is left without a row.
+func TestCreateAndDeleteAtOnce(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	id := brokertest.MustKey(t, "demo", secret.RegistrationToken).InstanceID()
+	over := b.broker.VaultOutage()
+	created, deleted := make(chan int, 1), make(chan int, 1)
+	go func() {
+		status, _ := b.ask(t.Context(), "POST", "/instances", "operator", creation)
+		created <- status
+	}()
+	b.await(id, rows.Creating)
+	go func() {
+		status, _ := b.ask(t.Context(), "DELETE", "/instances/demo", "operator", "")
+		deleted <- status
+	}()
+	b.await(id, rows.Deleting)
+	over()
+	if c, d := <-created, <-deleted; c != http.StatusConflict || d != http.StatusNoContent {
+		t.Errorf("got %d and %d, want 409 and 204", c, d)
+	}
+	if keys := b.live(); len(keys) != 0 {
+		t.Errorf("got secrets %v, want none", keys)
+	}
+	b.want(http.StatusOK, "POST", "/instances", "operator", creation)
+}
+
+func (b *bench) await(id secret.InstanceID, state rows.State) {
+	b.t.Helper()
+	end := time.After(time.Minute)
+	for again := time.Tick(time.Millisecond); ; {
+		if row, err := b.api.table.Get(b.t.Context(), id); err == nil && row.State == state {
+			return
+		}
+		select {
+		case <-again:
+		case <-end:
+			b.t.Fatalf("the row is not %s", state)
+		}
+	}
+}
+
+func TestReadOperator(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "header")
+	for _, test := range []struct {
+		content string
+		mode    os.FileMode
+		want    string // empty: an error
+	}{
+		{"Authorization: Bearer abc\n", 0o600, "abc"},
+		{"Authorization: Bearer abc", 0o640, ""},
+		{"Authorization: Bearer \n", 0o600, ""},
+		{"abc\n", 0o600, ""},
+	} {
+		if err := os.WriteFile(file, []byte(test.content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chmod(file, test.mode); err != nil {
+			t.Fatal(err)
+		}
+		got, err := readOperator(file)
+		if (err == nil) != (test.want != "") || got.Reveal() != test.want || err != nil && strings.Contains(err.Error(), "abc") {
+			t.Errorf("%q %o: got %q, %v, want %q", test.content, test.mode, got.Reveal(), err, test.want)
+		}
+	}
+}
