@@ -291,7 +291,11 @@ func TestOneStep(t *testing.T) {
 	}
 	s.startEmbedded()
 	c := secretsv1.NewSecretsBrokerServiceClient(s.dial(s.clientTLS(pair)))
-	for n := range 300 {
+	swaps := 300
+	if racing() {
+		swaps = 50
+	}
+	for n := range swaps {
 		swapped := make(chan struct{})
 		go func() {
 			defer close(swapped)

@@ -94,13 +94,15 @@ func (l *Log) writeAll() error {
 // board lets those come who are ready to: whom the last batch has just answered may
 // come at once with their next. A write costs more than to look a few times.
 func (l *Log) board() {
-	const most = 8 // looks, or a crowd that never ends would have no write
+	// As many share a write for next to nothing, and a crowd that never ends is to have
+	// one at last.
+	const crowd, most = 256, 8
 	for before, looks := 0, 0; looks < most; looks++ {
 		runtime.Gosched()
 		l.mu.Lock()
 		n := len(l.queue)
 		l.mu.Unlock()
-		if n == before {
+		if n == before || n >= crowd {
 			return
 		}
 		before = n
