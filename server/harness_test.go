@@ -48,7 +48,7 @@ import (
 // under the race detector.
 const (
 	atOnce       = "8"
-	atOnceRacing = "3"
+	atOnceRacing = "6"
 )
 
 func TestMain(m *testing.M) {

@@ -13,6 +13,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime/debug"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -29,6 +31,21 @@ type stored struct {
 	path string
 	data []byte // as far as it is in use
 	want map[string]string
+}
+
+// racing reports that this is a run with the race detector.
+func racing() bool {
+	info, ok := debug.ReadBuildInfo()
+	return ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
+}
+
+// notRacing leaves a test out under the race detector in which one damage comes after the
+// other.
+func notRacing(t *testing.T) {
+	t.Helper()
+	if racing() {
+		t.Skip("one after the other: there is nothing to race")
+	}
 }
 
 func newStored(t *testing.T, names int) stored {
@@ -105,6 +122,7 @@ func TestTruncated(t *testing.T) {
 
 // TestZeroed clears each page, and each half of one.
 func TestZeroed(t *testing.T) {
+	notRacing(t)
 	t.Parallel()
 	st := newStored(t, 60)
 	half := os.Getpagesize() / 2
@@ -137,6 +155,7 @@ func TestSwappedPages(t *testing.T) {
 // elements' headers. What the check lets pass must be bits that mean nothing: a
 // store with all of those flipped together still gives all that was stored.
 func TestFlippedBits(t *testing.T) {
+	notRacing(t)
 	t.Parallel()
 	st := newStored(t, 60)
 	rng := rand.New(rand.NewPCG(1, 2))
@@ -516,7 +535,11 @@ func TestCopiedWhileWritten(t *testing.T) {
 			}
 		})
 	}
-	for range 20 {
+	copies := 20
+	if racing() {
+		copies = 4
+	}
+	for range copies {
 		cfg := embedded.Config{Dir: t.TempDir(), KeyFile: filepath.Join(st.cfg.Dir, "store.key"), Now: st.cfg.Now, Logger: quiet}
 		data, err := os.ReadFile(st.path)
 		if err != nil {

@@ -401,6 +401,7 @@ func TestPanicInACommit(t *testing.T) {
 // when touched. It is an error of the call, not the end of the process, nor a call
 // that never ends.
 func TestFileCutWhileOpen(t *testing.T) {
+	notRacing(t)
 	t.Parallel()
 	for _, pages := range []int{0, 1, 2, 3} {
 		dir := t.TempDir()
