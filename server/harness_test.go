@@ -44,7 +44,7 @@ import (
 	"github.com/exto/secrets-broker/server/vault/vaulttest"
 )
 
-// How many tests run at once: most of them wait for something most of the time, though not
+// How many tests run at once: most of them wait for something most of the time, though less
 // under the race detector.
 const (
 	atOnce       = "8"

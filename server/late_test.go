@@ -63,6 +63,7 @@ func (x *subject) wantPutDown(late, current string) {
 // TestCutAfterCommit: the answer of any one request that changes something is
 // lost. It happened once, and its caller is told so.
 func TestCutAfterCommit(t *testing.T) {
+	notRacing(t)
 	t.Parallel()
 	put := func(x *subject) error { return writeCalls["put"](x, x.ctx, uuid.NewString()) }
 	for _, test := range []struct {

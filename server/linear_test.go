@@ -399,7 +399,7 @@ func TestLinearizable(t *testing.T) {
 	t.Parallel()
 	seeds := uint64(6)
 	if racing() {
-		seeds = 2
+		seeds = 1
 	}
 	if more, err := strconv.ParseUint(os.Getenv("BROKER_TEST_SEEDS"), 10, 64); err == nil {
 		seeds = more // make soak

@@ -24,7 +24,7 @@ func TestRandomFaults(t *testing.T) {
 	t.Parallel()
 	seeds := uint64(40)
 	if racing() {
-		seeds = 10
+		seeds = 4
 	}
 	if more, err := strconv.ParseUint(os.Getenv("BROKER_TEST_SEEDS"), 10, 64); err == nil {
 		seeds = more // make soak
