@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/singleflight"
+	"google.golang.org/grpc/codes"
 
 	"github.com/exto/secrets-broker/secret"
 )
@@ -107,7 +108,7 @@ func NewSource(ctx context.Context, from Getter, key secret.Key, o SourceOptions
 	s.ctx, cancel = context.WithCancel(ctx)
 	firstCtx, done := context.WithTimeout(s.ctx, o.MaxWait)
 	defer done()
-	if err := s.read(firstCtx, GetOptions{}); err != nil && !(o.AllowMissing && errors.Is(err, ErrNotFound)) {
+	if err := s.first(firstCtx); err != nil && !(o.AllowMissing && errors.Is(err, ErrNotFound)) {
 		cancel()
 		return nil, err
 	}
@@ -128,6 +129,23 @@ func NewSource(ctx context.Context, from Getter, key secret.Key, o SourceOptions
 		s.feed.remove(key, s)
 	}
 	return s, nil
+}
+
+// first reads until there is an answer, for as long as what there is to wait for may
+// come by itself. A Client does so of its own.
+func (s *Source) first(ctx context.Context) error {
+	for attempt := 0; ; attempt++ {
+		err := s.read(ctx, GetOptions{})
+		var e *Error
+		if !errors.As(err, &e) || e.Code != codes.Unavailable || e.Reason == secret.VaultRefused {
+			return err
+		}
+		wait := e.RetryAfter + rand.N(min(firstPause<<min(attempt, 10), longestPause))
+		if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) <= wait {
+			return err
+		}
+		pause(ctx, wait)
+	}
 }
 
 // Value gives what is held. It never blocks.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -44,8 +45,10 @@ func TestVerifyAnswers(t *testing.T) {
 		}
 	}
 	c := start(t, nil).client(t)
-	if got, err := c.Verify(t.Context(), instanceID(t, "acme"), secret.NewValue("\xff")); got.Match != client.NoMatch || err != nil {
-		t.Errorf("no UTF-8: got %+v, %v, want NoMatch", got, err)
+	for what, token := range map[string]string{"no UTF-8": "\xff", "more than a request takes": strings.Repeat("t", 65<<10)} {
+		if got, err := c.Verify(t.Context(), instanceID(t, "acme"), secret.NewValue(token)); got.Match != client.NoMatch || err != nil {
+			t.Errorf("%s: got %+v, %v, want NoMatch", what, got, err)
+		}
 	}
 }
 

@@ -36,13 +36,17 @@ type VerifyResult struct {
 // OK reports whether the token is good now.
 func (r VerifyResult) OK() bool { return r.Match == MatchCurrent || r.Match == MatchPrevious }
 
+// maxToken is how long a token may be. A request takes more, but not whatever a stranger
+// sends in a header.
+const maxToken = 4096
+
 // Verify asks whether token is the registration token of an instance. A wrong
 // token and an unknown instance are no error but NoMatch. The caller needs no
 // right to read tokens.
 //
 // Errors: ErrInvalid for an empty token.
 func (c *Client) Verify(ctx context.Context, id secret.InstanceID, token secret.Value) (VerifyResult, error) {
-	if !valid(token) {
+	if !valid(token) || len(token.Reveal()) > maxToken {
 		return VerifyResult{Match: NoMatch}, nil // as the broker says of all that is no token
 	}
 	resp, err := call(ctx, c, secretsv1.SecretsBrokerServiceClient.VerifyToken,

@@ -43,6 +43,7 @@ type call struct {
 	generation         int64
 	match              bool // of a VerifyToken
 	concluded          bool
+	untold             bool // a refusal beyond those that have a line of their own
 	intended, replayed atomic.Bool
 	under              *snapshot                    // by which it was admitted
 	watched            atomic.Pointer[[]secret.Key] // of a watch, once its request is read

@@ -135,6 +135,7 @@ func (s *service) VerifyToken(ctx context.Context, in *secretsv1.VerifyTokenRequ
 		return nil, err
 	}
 	if c.overQuota != nil && v.Result == broker.NoMatch {
+		c.account.holdBack(ctx)
 		return nil, c.overQuota
 	}
 	c.match = v.Result != broker.NoMatch

@@ -61,8 +61,8 @@ var usualBounds = bounds{
 }
 
 // refusalLines is how many refusals a second of one identity have a line of their own in
-// the audit log; beyond that they are counted together, so that nobody fills the disk who
-// may do nothing.
+// the audit log and the normal one; beyond that they are counted together, so that nobody
+// fills the disk who may do nothing.
 const refusalLines = 100
 
 // tells reports whether a refusal has a line of its own.
@@ -76,6 +76,7 @@ const busyRetry = time.Second
 type account struct {
 	requests       *rate.Limiter // nil: no limit
 	refusals       *rate.Limiter // of which each has a line of its own in the audit log
+	pace           *rate.Limiter // of refusals by quota
 	calls, streams atomic.Int64  // under way
 	held           atomic.Int64
 	connections    int // guarded by accounts.mu
@@ -103,6 +104,7 @@ func (a *accounts) open(id spiffeid.ID) *account {
 		acc = &account{refusals: rate.NewLimiter(refusalLines, refusalLines)}
 		if a.perSecond > 0 {
 			acc.requests = rate.NewLimiter(rate.Limit(a.perSecond), max(1, int(a.perSecond)))
+			acc.pace = rate.NewLimiter(quotaRefusals, 1)
 		}
 		a.of[id] = acc
 	}
@@ -166,10 +168,7 @@ func (g *gate) enter(ctx context.Context, c *call, underWay *atomic.Int64, most 
 		}
 	}
 	if c.account.requests != nil && !c.health && !g.spend(c, err) {
-		if underWay.Add(1) <= most {
-			holdBack(ctx)
-		}
-		underWay.Add(-1)
+		c.account.holdBack(ctx)
 		return c.overQuota
 	}
 	if err != nil {
@@ -183,17 +182,23 @@ func (g *gate) enter(ctx context.Context, c *call, underWay *atomic.Int64, most 
 	return nil
 }
 
-// quotaPause is how long a refusal by quota is held back. A caller that never rests is
-// so kept from spending on refusals what the others' calls need: 64 of its calls at a
-// time are then 3,200 a second, and not as many as the processor can refuse.
-const quotaPause = 20 * time.Millisecond
+// A refusal by quota is held back, for quotaPause and as much longer as it takes that
+// one identity gets no more than quotaRefusals a second. A caller that never rests is so
+// kept from spending on refusals what the others' calls need; with as many calls at once
+// as one may have, each waits for some 8 s.
+const (
+	quotaPause    = 20 * time.Millisecond
+	quotaRefusals = 2000
+)
 
-func holdBack(ctx context.Context) {
-	pause := time.NewTimer(quotaPause)
+func (a *account) holdBack(ctx context.Context) {
+	turn := a.pace.Reserve()
+	pause := time.NewTimer(max(quotaPause, turn.Delay()))
 	defer pause.Stop()
 	select {
 	case <-pause.C:
 	case <-ctx.Done():
+		turn.Cancel()
 	}
 }
 

@@ -21,7 +21,7 @@ func logCall(ctx context.Context, log *slog.Logger, fullMethod string, err error
 	level := levelOf(code)
 	c := callFrom(ctx)
 	// Health checks come every few seconds from every client.
-	if c.health || !log.Enabled(ctx, level) {
+	if c.health || !log.Enabled(ctx, level) || c.untold {
 		return
 	}
 	service, method, _ := strings.Cut(strings.TrimPrefix(fullMethod, "/"), "/")

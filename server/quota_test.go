@@ -181,6 +181,49 @@ func (s *system) hangGets() (release func()) {
 }
 
 // TestTenThousandGetsAtOnce of one caller, as after an outage.
+// TestRefusalsTakeNoPlaces: a caller whose calls are refused by its quota, and held back,
+// has tokens verified all the same.
+func TestRefusalsTakeNoPlaces(t *testing.T) {
+	t.Parallel()
+	s := newSystem(t)
+	s.config = func(c *server.Config) {
+		c.SetBounds(server.Bounds{Calls: 4})
+		c.CallerRequestsPerSecond, c.Now = 10, s.clock.Now
+	}
+	s.startEmbedded()
+	c := s.as(consoleAPI)
+	if _, err := c.PutSecret(callContext(t), &secretsv1.PutSecretRequest{Ref: ref("demo", tokenKind), Value: "tok"}); err != nil {
+		t.Fatal(err)
+	}
+	for range 9 {
+		if err := list(t, c); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ctx, cancel := context.WithCancel(callContext(t))
+	var refused sync.WaitGroup
+	defer refused.Wait()
+	defer cancel()
+	for range 8 {
+		refused.Go(func() {
+			for ctx.Err() == nil {
+				_, _ = c.GetSecret(ctx, &secretsv1.GetSecretRequest{Ref: ref("demo", tokenKind)})
+			}
+		})
+	}
+	for range 100 {
+		if _, err := c.VerifyToken(callContext(t), &secretsv1.VerifyTokenRequest{InstanceId: "demo", Token: "tok"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	begun := time.Now()
+	_, err := c.VerifyToken(callContext(t), &secretsv1.VerifyTokenRequest{InstanceId: "demo", Token: "another"})
+	wantQuota(t, err, "")
+	if took := time.Since(begun); took < server.QuotaPause {
+		t.Errorf("got the refusal after %v, want it held back for %v", took, server.QuotaPause)
+	}
+}
+
 func TestTenThousandGetsAtOnce(t *testing.T) {
 	t.Parallel()
 	s := startSystem(t)

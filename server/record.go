@@ -125,8 +125,9 @@ func (g *gate) write(ctx context.Context, c *call, err error) error {
 	case r.Commit == "" && err != nil:
 		r.Commit = string(secret.NotApplied)
 	}
+	c.untold = r.Decision == refused && !c.account.tells(g.now())
 	switch {
-	case r.Reason == string(secret.CallerQuotaExceeded), err == nil && c.match, r.Decision == refused && !c.account.tells(g.now()):
+	case r.Reason == string(secret.CallerQuotaExceeded), err == nil && c.match, c.untold:
 		return g.audit.Count(&r)
 	case err == nil && c.action == authz.Verify:
 		r.Reason = noMatch

@@ -412,6 +412,10 @@ func TestRefusalsOfOneCallerFillNoDisk(t *testing.T) {
 	if lines != 100 || counted != calls-100 {
 		t.Errorf("got %d lines and %d counted, want 100 and the others", lines, counted)
 	}
+	log := s.log.String()
+	if finished, failed := strings.Count(log, `msg="finished call"`), strings.Count(log, `msg="call failed"`); finished != 100 || failed != 100 {
+		t.Errorf("got %d and %d lines of them in the log, want 100 too", finished, failed)
+	}
 }
 
 // TestOpenIntentIsSettledAtStart: what a process intended before it was killed, the next

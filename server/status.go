@@ -57,8 +57,7 @@ func (g *gate) fail(ctx context.Context, err error) error {
 	if e := (*broker.Error)(nil); errors.As(err, &e) {
 		cause = errors.Unwrap(e)
 	}
-	if cause != nil {
-		c := callFrom(ctx)
+	if c := callFrom(ctx); cause != nil && !c.untold {
 		g.log.WarnContext(ctx, "call failed", "audit_id", c.auditID, "caller", c.caller.name(), "cause", cause)
 	}
 	return statusOf(ctx, err)

@@ -231,7 +231,7 @@ func contextError(ctx context.Context) error {
 
 // properties reads the SDK's words. A missing part is an error and no panic.
 func properties(key secret.Key, id *azsecrets.ID, a *azsecrets.SecretAttributes, contentType *string, tags map[string]*string) (versions.Properties, error) {
-	if id == nil || a == nil {
+	if id == nil || id.Version() == "" || a == nil {
 		return versions.Properties{}, keyvaultwire.ErrIncomplete
 	}
 	return keyvaultwire.Properties(key, id.Version(), a.Enabled, a.Created, contentType, tags)

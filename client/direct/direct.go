@@ -193,7 +193,7 @@ func (v *Vault) look(ctx context.Context, key secret.Key, o client.GetOptions) (
 		return client.GetResult{}, refuse(codes.FailedPrecondition, secret.SecretDisabled, disabledText)
 	}
 	result := now.result(version, time.Time{})
-	if o.KnownVersion == version.Version {
+	if o.KnownVersion != "" && o.KnownVersion == version.Version {
 		result.Value, result.NotModified = secret.Value{}, true
 	}
 	return result, nil

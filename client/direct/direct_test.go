@@ -121,6 +121,7 @@ func TestAnswersOfNoVault(t *testing.T) {
 		"another type":    {body(200, `{"value":["`+canary+`"]}`), secret.VaultUnavailable, true},
 		"no attributes":   {body(200, `{"value":"`+canary+`"}`), secret.VaultUnavailable, true},
 		"no value":        {body(200, `{"id":"https://acme.vault.azure.net/secrets/instance-acme/0123","attributes":{"created":1}}`), secret.VaultUnavailable, true},
+		"no version":      {body(200, `{"value":"`+canary+`","id":"https://acme.vault.azure.net/secrets/instance-acme","attributes":{"created":1}}`), secret.VaultUnavailable, true},
 		"an error's body": {body(400, `{"error":{"code":"`+canary+" "+canary+`","message":"`+canary+`"}}`), secret.VaultUnavailable, false},
 		"no tenant": {func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("WWW-Authenticate", `Bearer authorization="x", resource="https://vault.azure.net"`)
@@ -310,13 +311,14 @@ func TestContextEnds(t *testing.T) {
 // there is one log in a process.
 func TestNothingIsLogged(t *testing.T) {
 	var mu sync.Mutex
-	var heard strings.Builder
-	azlog.SetListener(func(event azlog.Event, text string) {
+	var text strings.Builder
+	listener := func(event azlog.Event, line string) {
 		mu.Lock()
 		defer mu.Unlock()
-		fmt.Fprintln(&heard, event, text)
-	})
-	defer azlog.SetListener(nil)
+		fmt.Fprintln(&text, event, line)
+	}
+	heard.Store(&listener)
+	defer heard.Store(nil)
 	f := start(t)
 	key := keyOf(t, "instance-acme")
 	f.PersonSet(key.String(), canary, nil)
@@ -327,8 +329,8 @@ func TestNothingIsLogged(t *testing.T) {
 	}
 	mu.Lock()
 	defer mu.Unlock()
-	if heard.Len() == 0 || strings.Contains(heard.String(), canary) {
-		t.Errorf("got a log of %d bytes, want one without the value", heard.Len())
+	if text.Len() == 0 || strings.Contains(text.String(), canary) {
+		t.Errorf("got a log of %d bytes, want one without the value", text.Len())
 	}
 }
 

@@ -3,11 +3,14 @@ package direct_test
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"net/http"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore"
+	azlog "github.com/Azure/azure-sdk-for-go/sdk/azcore/log"
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
 	"github.com/Azure/azure-sdk-for-go/sdk/azidentity"
 	"go.uber.org/goleak"
@@ -16,9 +19,30 @@ import (
 	"github.com/exto/secrets-broker/client/direct"
 	"github.com/exto/secrets-broker/internal/keyvaultfake"
 	"github.com/exto/secrets-broker/secret"
+	"github.com/exto/secrets-broker/server/vault/keyvault"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// heard gets the SDK's log, unless nil. What the SDK began in the background may still
+// log when a test is over, so that all about the log is set once, before the first; the
+// broker's vault has a part in that.
+var heard atomic.Pointer[func(azlog.Event, string)]
+
+func TestMain(m *testing.M) {
+	_, err := keyvault.Open(context.Background(), keyvault.Config{
+		URL: "https://acme.vault.azure.net/", Logger: slog.New(slog.DiscardHandler),
+		Credential: func() (azcore.TokenCredential, error) { return nil, errors.New("none here") },
+	})
+	if err == nil {
+		panic("a vault without a credential is open")
+	}
+	azlog.SetEvents() // all of them
+	azlog.SetListener(func(event azlog.Event, line string) {
+		if listener := heard.Load(); listener != nil {
+			(*listener)(event, line)
+		}
+	})
+	goleak.VerifyTestMain(m)
+}
 
 // canary is in every value, so that no error may have it.
 const canary = "canary-5f0c"

@@ -33,7 +33,7 @@ type known struct {
 	doubted time.Time
 }
 
-// later orders it before v as record.later does.
+// later orders it before v as Record.Later does.
 func (k known) later(v version) bool {
 	return cmp.Or(cmp.Compare(k.epoch, v.Epoch), cmp.Compare(k.generation, v.Generation)) > 0
 }
