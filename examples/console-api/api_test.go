@@ -199,6 +199,45 @@ func TestDeleteWaitsForCreate(t *testing.T) {
 	}
 }
 
+// Nor does a DELETE come between what a rotation or a connection looks at and what
+// it writes.
+func TestDeleteWaitsForChange(t *testing.T) {
+	t.Parallel()
+	for _, change := range []struct {
+		held               string
+		nth                int32
+		method, path, body string
+		want               int
+	}{
+		{"RotateSecret", 2, "POST", "/instances/demo/rotate", `{"grace": "1m"}`, http.StatusOK},
+		{"DescribeSecret", 1, "PUT", "/instances/demo/connection", `{"database_uri": "postgres://h/db"}`, http.StatusNoContent},
+	} {
+		t.Run(change.held, func(t *testing.T) {
+			t.Parallel()
+			b := newBench(t)
+			reached, release := b.holdCall(change.held, change.nth)
+			b.want(http.StatusOK, "POST", "/instances", "operator", creation)
+			changed := make(chan int, 1)
+			go func() {
+				status, _ := b.ask(t.Context(), change.method, change.path, "operator", change.body)
+				changed <- status
+			}()
+			<-reached
+			impatient, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+			defer cancel()
+			if got, answer := b.ask(impatient, "DELETE", "/instances/demo", "operator", ""); got != http.StatusServiceUnavailable {
+				t.Errorf("DELETE meanwhile: got %d %s, want 503 when the caller waits no longer", got, answer)
+			}
+			release()
+			if got := <-changed; got != change.want {
+				t.Errorf("got %d, want %d", got, change.want)
+			}
+			b.want(http.StatusNoContent, "DELETE", "/instances/demo", "operator", "")
+			b.wantNothing(brokertest.MustKey(t, "demo", secret.DatabaseURI).InstanceID())
+		})
+	}
+}
+
 // A create that fails leaves a row that tells of its secrets.
 func TestCreateFails(t *testing.T) {
 	t.Parallel()
