@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/http"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/exto/secrets-broker/client"
@@ -14,12 +15,17 @@ import (
 	"github.com/exto/secrets-broker/secret"
 )
 
+// creationTimeout bounds a create. On Key Vault, a Put of a secret that was just
+// deleted can take over a minute.
+const creationTimeout = 5 * time.Minute
+
 // api answers the operator, and the instances.
 type api struct {
 	broker   *client.Client
 	verifier *client.Verifier
 	table    *rows.Table
 	operator secret.Value
+	locks    sync.Map // secret.InstanceID to a chan struct{}, full while locked; one stays for each id
 }
 
 func (a *api) routes() http.Handler {
@@ -32,13 +38,30 @@ func (a *api) routes() http.Handler {
 	return mux
 }
 
+// lock waits until nothing else changes this instance, and keeps it so until unlock.
+// Without it a create that is still under way could write a secret after a DELETE
+// has taken away the row. It is in memory, so this must be the only Console API on
+// its table.
+func (a *api) lock(ctx context.Context, id secret.InstanceID) (unlock func(), err error) {
+	held, _ := a.locks.LoadOrStore(id, make(chan struct{}, 1))
+	lock := held.(chan struct{})
+	select {
+	case lock <- struct{}{}:
+		return func() { <-lock }, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
 // create makes an instance. The row is written first, in state creating, and made
-// active last. So a crash anywhere leaves no secret of which no row tells: the row
-// is still creating, a further POST is refused, and DELETE takes away what there
-// is. It also makes creating exclusive: of two POSTs one gets the row.
+// active last. A DELETE meanwhile waits. So an error or a crash anywhere leaves no
+// secret of which no row tells: the row is still creating, a further POST is
+// refused, and DELETE takes away what there is. What the broker had begun when the
+// Console API died, DELETE waits for there: the broker makes the writes of a secret
+// one after the other.
 //
-// The broker makes the token. If the answer is lost after that, rotate makes
-// another one.
+// It goes on when its caller leaves. The broker makes the token. If the answer is
+// lost after that, rotate makes another one.
 func (a *api) create(r *http.Request) (*answer, error) {
 	var in struct {
 		ID               string `json:"id"`
@@ -57,7 +80,13 @@ func (a *api) create(r *http.Request) (*answer, error) {
 	if err := errors.Join(secret.CheckValue(secret.DatabaseURI, uri), secret.CheckValue(secret.OIDCClientSecret, oidc)); err != nil {
 		return nil, problem{http.StatusBadRequest, err.Error()}
 	}
-	ctx := r.Context()
+	unlock, err := a.lock(r.Context(), id)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), creationTimeout)
+	defer cancel()
 	row, err := a.table.Insert(ctx, id)
 	if errors.Is(err, rows.ErrExists) {
 		return nil, problem{http.StatusConflict, "there is an instance of this id, or a part of one: DELETE it first"}
@@ -76,24 +105,14 @@ func (a *api) create(r *http.Request) (*answer, error) {
 	if err != nil {
 		return nil, err
 	}
-	active, err := a.table.Activate(ctx, id)
+	active, err := a.table.Activate(ctx, row)
+	if err == nil && !active {
+		err = errors.New("instance " + row.ID + ": its row is gone or another's: something else than this Console API works on the table, and there may be secrets without a row")
+	}
 	if err != nil {
 		return nil, err
 	}
-	if !active {
-		return nil, errors.Join(problem{http.StatusConflict, "it was deleted meanwhile"}, a.undo(ctx, id))
-	}
 	return handOut(row, token), nil
-}
-
-// undo is for a create that a DELETE came in between, which may have been faster
-// than its writes. Should there be another instance of this id by now, they are its.
-func (a *api) undo(ctx context.Context, id secret.InstanceID) error {
-	row, err := a.table.Get(ctx, id)
-	if errors.Is(err, rows.ErrNotFound) || err == nil && row.State == rows.Deleting {
-		return a.broker.DeleteInstance(ctx, id)
-	}
-	return err
 }
 
 // rotate makes another token. The old one is good for the grace period. Without
@@ -109,10 +128,11 @@ func (a *api) rotate(r *http.Request) (*answer, error) {
 	if err != nil || grace < 0 {
 		return nil, problem{http.StatusBadRequest, `grace must be a duration such as "10m", or "0s"`}
 	}
-	row, err := a.active(r)
+	row, unlock, err := a.active(r)
 	if err != nil {
 		return nil, err
 	}
+	defer unlock()
 	token, err := a.rotateToken(r.Context(), row, client.RotateOptions{GracePeriod: grace})
 	if err != nil {
 		return nil, err
@@ -129,10 +149,11 @@ func (a *api) connect(r *http.Request) (*answer, error) {
 	if err := read(r, &in); err != nil {
 		return nil, err
 	}
-	row, err := a.active(r)
+	row, unlock, err := a.active(r)
 	if err != nil {
 		return nil, err
 	}
+	defer unlock()
 	key, err := client.ParseKey(row.DBURIRef)
 	if err != nil {
 		return nil, err
@@ -150,21 +171,26 @@ func (a *api) connect(r *http.Request) (*answer, error) {
 
 // decommission ends an instance: the secrets first, and the row only when they are
 // gone, so that after a crash in between the row still says what is to be done.
-// It may be run again at any time, without a row too. The mark stops a create that
-// is under way.
+// It may be run again at any time, without a row too.
 func (a *api) decommission(r *http.Request) (*answer, error) {
 	id, err := parseID(r)
 	if err != nil {
 		return nil, err
 	}
 	ctx := r.Context()
-	if err := a.table.MarkDeleting(ctx, id); err != nil {
+	unlock, err := a.lock(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	row, err := a.table.MarkDeleting(ctx, id)
+	if err != nil && !errors.Is(err, rows.ErrNotFound) {
 		return nil, err
 	}
 	if err := a.broker.DeleteInstance(ctx, id); err != nil {
 		return nil, err
 	}
-	return nil, a.table.Delete(ctx, id)
+	return nil, a.table.Delete(ctx, row)
 }
 
 // hello stands for what instances call. Whether a token is good the broker knows,
@@ -210,20 +236,28 @@ func handOut(row rows.Row, token secret.Value) *answer {
 	return &answer{ID: row.ID, RegistrationToken: token.Reveal()}
 }
 
-// active is the row that a request is about.
-func (a *api) active(r *http.Request) (rows.Row, error) {
+// active is the row that a request is about, locked.
+func (a *api) active(r *http.Request) (row rows.Row, unlock func(), err error) {
 	id, err := parseID(r)
 	if err != nil {
-		return rows.Row{}, err
+		return rows.Row{}, nil, err
 	}
-	row, err := a.table.Get(r.Context(), id)
+	unlock, err = a.lock(r.Context(), id)
+	if err != nil {
+		return rows.Row{}, nil, err
+	}
+	row, err = a.table.Get(r.Context(), id)
 	switch {
 	case errors.Is(err, rows.ErrNotFound):
-		return rows.Row{}, problem{http.StatusNotFound, "there is no instance of this id"}
+		err = problem{http.StatusNotFound, "there is no instance of this id"}
 	case err == nil && row.State != rows.Active:
-		return rows.Row{}, problem{http.StatusConflict, "the instance is " + string(row.State)}
+		err = problem{http.StatusConflict, "the instance is " + string(row.State)}
 	}
-	return row, err
+	if err != nil {
+		unlock()
+		return rows.Row{}, nil, err
+	}
+	return row, unlock, nil
 }
 
 // operated lets the operator in and nobody else.

@@ -3,13 +3,20 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"path"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
+
+	"google.golang.org/grpc"
 
 	"github.com/exto/secrets-broker/client"
 	"github.com/exto/secrets-broker/client/brokertest"
@@ -38,7 +45,8 @@ func newBench(t *testing.T) *bench {
 	if err := table.Prepare(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	return &bench{t, b, &api{c, client.NewVerifier(t.Context(), c, client.VerifierOptions{Instances: 10}), table, secret.NewValue("operator")}}
+	verifier := client.NewVerifier(t.Context(), c, client.VerifierOptions{Instances: 10})
+	return &bench{t, b, &api{broker: c, verifier: verifier, table: table, operator: secret.NewValue("operator")}}
 }
 
 // ask makes a request with a bearer token. For any goroutine.
@@ -148,45 +156,174 @@ func TestDeletedStaysDeleted(t *testing.T) {
 	}
 }
 
-// Whichever of the two is faster, no secret is left without a row.
-func TestCreateAndDeleteAtOnce(t *testing.T) {
+// A DELETE waits for a create that is under way, whose caller may be gone by then.
+// So no secret is left without a row.
+func TestDeleteWaitsForCreate(t *testing.T) {
+	t.Parallel()
+	for _, held := range []struct {
+		method string
+		nth    int32
+	}{{"PutSecret", 1}, {"PutSecret", 2}, {"RotateSecret", 1}} {
+		t.Run(fmt.Sprintf("%s %d", held.method, held.nth), func(t *testing.T) {
+			t.Parallel()
+			b := newBench(t)
+			id := brokertest.MustKey(t, "demo", secret.RegistrationToken).InstanceID()
+			reached, release := b.holdCall(held.method, held.nth)
+			ctx, leave := context.WithCancel(t.Context())
+			created, deleted := make(chan int, 1), make(chan int, 1)
+			go func() {
+				status, _ := b.ask(ctx, "POST", "/instances", "operator", creation)
+				created <- status
+			}()
+			<-reached
+			leave()
+			impatient, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+			defer cancel()
+			if got, answer := b.ask(impatient, "DELETE", "/instances/demo", "operator", ""); got != http.StatusServiceUnavailable {
+				t.Errorf("DELETE during a create: got %d %s, want 503 when the caller waits no longer", got, answer)
+			}
+			if row, err := b.api.table.Get(t.Context(), id); err != nil || row.State != rows.Creating {
+				t.Errorf("got row %v, %v, want one that says creating", row, err)
+			}
+			go func() {
+				status, _ := b.ask(t.Context(), "DELETE", "/instances/demo", "operator", "")
+				deleted <- status
+			}()
+			release()
+			if c, d := <-created, <-deleted; c != http.StatusOK || d != http.StatusNoContent {
+				t.Errorf("got %d and %d, want 200 and 204", c, d)
+			}
+			b.wantNothing(id)
+			b.want(http.StatusOK, "POST", "/instances", "operator", creation)
+		})
+	}
+}
+
+// Nor does a DELETE come between what a rotation or a connection looks at and what
+// it writes.
+func TestDeleteWaitsForChange(t *testing.T) {
+	t.Parallel()
+	for _, change := range []struct {
+		held               string
+		nth                int32
+		method, path, body string
+		want               int
+	}{
+		{"RotateSecret", 2, "POST", "/instances/demo/rotate", `{"grace": "1m"}`, http.StatusOK},
+		{"DescribeSecret", 1, "PUT", "/instances/demo/connection", `{"database_uri": "postgres://h/db"}`, http.StatusNoContent},
+	} {
+		t.Run(change.held, func(t *testing.T) {
+			t.Parallel()
+			b := newBench(t)
+			reached, release := b.holdCall(change.held, change.nth)
+			b.want(http.StatusOK, "POST", "/instances", "operator", creation)
+			changed := make(chan int, 1)
+			go func() {
+				status, _ := b.ask(t.Context(), change.method, change.path, "operator", change.body)
+				changed <- status
+			}()
+			<-reached
+			impatient, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+			defer cancel()
+			if got, answer := b.ask(impatient, "DELETE", "/instances/demo", "operator", ""); got != http.StatusServiceUnavailable {
+				t.Errorf("DELETE meanwhile: got %d %s, want 503 when the caller waits no longer", got, answer)
+			}
+			release()
+			if got := <-changed; got != change.want {
+				t.Errorf("got %d, want %d", got, change.want)
+			}
+			b.want(http.StatusNoContent, "DELETE", "/instances/demo", "operator", "")
+			b.wantNothing(brokertest.MustKey(t, "demo", secret.DatabaseURI).InstanceID())
+		})
+	}
+}
+
+// A create that fails leaves a row that tells of its secrets.
+func TestCreateFails(t *testing.T) {
+	t.Parallel()
+	for permission, left := range map[string]int{"put": 0, "rotate": 2} {
+		t.Run(permission, func(t *testing.T) {
+			t.Parallel()
+			b := newBench(t)
+			id := brokertest.MustKey(t, "demo", secret.RegistrationToken).InstanceID()
+			undo := b.broker.Deny("console-api", permission)
+			b.want(http.StatusInternalServerError, "POST", "/instances", "operator", creation)
+			undo()
+			if row, err := b.api.table.Get(t.Context(), id); err != nil || row.State != rows.Creating || len(b.live()) != left {
+				t.Errorf("got row %v, %v, and secrets %v, want one that says creating, and %d secrets", row, err, b.live(), left)
+			}
+			b.want(http.StatusConflict, "POST", "/instances", "operator", creation)
+			b.want(http.StatusConflict, "POST", "/instances/demo/rotate", "operator", `{"grace": "1m"}`)
+			b.want(http.StatusNoContent, "DELETE", "/instances/demo", "operator", "")
+			b.wantNothing(id)
+			b.want(http.StatusOK, "POST", "/instances", "operator", creation)
+		})
+	}
+}
+
+// A create whose row somebody else replaced says so, and leaves the other row alone.
+func TestCreateLosesItsRow(t *testing.T) {
 	t.Parallel()
 	b := newBench(t)
 	id := brokertest.MustKey(t, "demo", secret.RegistrationToken).InstanceID()
-	over := b.broker.VaultOutage()
-	created, deleted := make(chan int, 1), make(chan int, 1)
+	reached, release := b.holdCall("RotateSecret", 1)
+	created := make(chan int, 1)
 	go func() {
 		status, _ := b.ask(t.Context(), "POST", "/instances", "operator", creation)
 		created <- status
 	}()
-	b.await(id, rows.Creating)
-	go func() {
-		status, _ := b.ask(t.Context(), "DELETE", "/instances/demo", "operator", "")
-		deleted <- status
-	}()
-	b.await(id, rows.Deleting)
-	over()
-	if c, d := <-created, <-deleted; c != http.StatusConflict || d != http.StatusNoContent {
-		t.Errorf("got %d and %d, want 409 and 204", c, d)
+	<-reached
+	row, err := b.api.table.MarkDeleting(t.Context(), id)
+	if err == nil {
+		err = b.api.table.Delete(t.Context(), row)
 	}
-	if keys := b.live(); len(keys) != 0 {
-		t.Errorf("got secrets %v, want none", keys)
+	if err == nil {
+		_, err = b.api.table.Insert(t.Context(), id)
 	}
-	b.want(http.StatusOK, "POST", "/instances", "operator", creation)
+	if err != nil {
+		t.Fatal(err)
+	}
+	release()
+	if got := <-created; got != http.StatusInternalServerError {
+		t.Errorf("got %d, want 500", got)
+	}
+	if row, err := b.api.table.Get(t.Context(), id); err != nil || row.State != rows.Creating {
+		t.Errorf("got row %v, %v, want one that says creating", row, err)
+	}
 }
 
-func (b *bench) await(id secret.InstanceID, state rows.State) {
+// holdCall keeps one call of the api to the broker back until release: the nth one
+// of this method. It is for a bench that has had no request.
+func (b *bench) holdCall(method string, nth int32) (reached <-chan struct{}, release func()) {
 	b.t.Helper()
-	end := time.After(time.Minute)
-	for again := time.Tick(time.Millisecond); ; {
-		if row, err := b.api.table.Get(b.t.Context(), id); err == nil && row.State == state {
-			return
-		}
-		select {
-		case <-again:
-		case <-end:
-			b.t.Fatalf("the row is not %s", state)
-		}
+	at, held := make(chan struct{}), make(chan struct{})
+	var calls atomic.Int32
+	target, cfg := b.broker.Config("console-api")
+	c, err := client.New(target, cfg, append(b.broker.DialOptions(), grpc.WithUnaryInterceptor(
+		func(ctx context.Context, name string, req, reply any, conn *grpc.ClientConn, invoke grpc.UnaryInvoker, o ...grpc.CallOption) error {
+			if path.Base(name) == method && calls.Add(1) == nth {
+				close(at)
+				<-held
+			}
+			return invoke(ctx, name, req, reply, conn, o...)
+		}))...)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	b.t.Cleanup(func() { _ = c.Close() })
+	b.api.broker = c
+	release = sync.OnceFunc(func() { close(held) })
+	b.t.Cleanup(release)
+	return at, release
+}
+
+func (b *bench) wantNothing(id secret.InstanceID) {
+	b.t.Helper()
+	if row, err := b.api.table.Get(b.t.Context(), id); !errors.Is(err, rows.ErrNotFound) {
+		b.t.Errorf("got row %v, %v, want none", row, err)
+	}
+	if keys := b.live(); len(keys) != 0 {
+		b.t.Errorf("got secrets %v, want none", keys)
 	}
 }
 

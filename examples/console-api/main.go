@@ -72,7 +72,7 @@ func run(ctx context.Context) (err error) {
 		return errors.Join(errors.New("LISTEN_ADDRESS: tokens must not travel without TLS: only loopback, such as 127.0.0.1:8080"), listener.Close())
 	}
 	server := &http.Server{
-		Handler:           (&api{broker, verifier, table, operator}).routes(),
+		Handler:           (&api{broker: broker, verifier: verifier, table: table, operator: operator}).routes(),
 		ReadHeaderTimeout: 10 * time.Second,
 	}
 	served := make(chan error, 1)

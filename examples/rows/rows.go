@@ -4,6 +4,7 @@ package rows
 
 import (
 	"context"
+	"crypto/rand"
 	"database/sql"
 	"errors"
 	"fmt"
@@ -27,8 +28,10 @@ const (
 
 // Row is an instance. The references are names of secrets, for client.ParseKey.
 type Row struct {
-	ID                   string
-	State                State
+	ID    string
+	State State
+	// Creation tells this row from another one of the same id, before or after it.
+	Creation             string
 	RegistrationTokenRef string
 	DBURIRef             string
 	OIDCClientSecretRef  string
@@ -68,6 +71,7 @@ func (t *Table) Prepare(ctx context.Context) error {
 	_, err := t.db.ExecContext(ctx, `create table if not exists instances (
 		id text primary key,
 		state text not null,
+		creation text not null,
 		registration_token_ref text not null,
 		db_uri_ref text not null,
 		oidc_client_secret_ref text not null
@@ -78,7 +82,7 @@ func (t *Table) Prepare(ctx context.Context) error {
 // Insert makes the row of an instance, in state Creating, with the names of its
 // secrets. One insert of an id succeeds, and all others get ErrExists.
 func (t *Table) Insert(ctx context.Context, id secret.InstanceID) (Row, error) {
-	row := Row{ID: id.String(), State: Creating}
+	row := Row{ID: id.String(), State: Creating, Creation: rand.Text()}
 	for kind, ref := range map[secret.Kind]*string{
 		secret.RegistrationToken: &row.RegistrationTokenRef,
 		secret.DatabaseURI:       &row.DBURIRef,
@@ -90,9 +94,9 @@ func (t *Table) Insert(ctx context.Context, id secret.InstanceID) (Row, error) {
 		}
 		*ref = key.String()
 	}
-	done, err := t.change(ctx, `insert into instances (id, state, registration_token_ref, db_uri_ref, oidc_client_secret_ref)
-		values ($1, $2, $3, $4, $5) on conflict (id) do nothing`,
-		row.ID, string(row.State), row.RegistrationTokenRef, row.DBURIRef, row.OIDCClientSecretRef)
+	done, err := t.change(ctx, `insert into instances (`+columns+`)
+		values ($1, $2, $3, $4, $5, $6) on conflict (id) do nothing`,
+		row.ID, string(row.State), row.Creation, row.RegistrationTokenRef, row.DBURIRef, row.OIDCClientSecretRef)
 	if err == nil && !done {
 		err = ErrExists
 	}
@@ -100,26 +104,37 @@ func (t *Table) Insert(ctx context.Context, id secret.InstanceID) (Row, error) {
 }
 
 // Activate ends Creating. It reports false when the row is not in that state any
-// longer, as when somebody deletes the instance meanwhile.
-func (t *Table) Activate(ctx context.Context, id secret.InstanceID) (bool, error) {
-	return t.change(ctx, `update instances set state = $1 where id = $2 and state = $3`, string(Active), id.String(), string(Creating))
+// longer, or is not there: another row of the same id is not touched.
+func (t *Table) Activate(ctx context.Context, row Row) (bool, error) {
+	return t.change(ctx, `update instances set state = $1 where id = $2 and creation = $3 and state = $4`,
+		string(Active), row.ID, row.Creation, string(Creating))
 }
 
-// MarkDeleting begins the end of an instance, in whatever state; no row is as good.
-func (t *Table) MarkDeleting(ctx context.Context, id secret.InstanceID) error {
-	_, err := t.change(ctx, `update instances set state = $1 where id = $2`, string(Deleting), id.String())
-	return err
+// MarkDeleting begins the end of an instance, in whatever state, and returns its
+// row, or ErrNotFound.
+func (t *Table) MarkDeleting(ctx context.Context, id secret.InstanceID) (Row, error) {
+	return t.one(ctx, `update instances set state = $1 where id = $2 returning `+columns, string(Deleting), id.String())
 }
 
-// Delete takes away the row of an instance that is marked; no row is as good.
-func (t *Table) Delete(ctx context.Context, id secret.InstanceID) error {
-	_, err := t.change(ctx, `delete from instances where id = $1 and state = $2`, id.String(), string(Deleting))
+// Delete takes away a row that is marked; no row is as good, and another row of the
+// same id is not touched.
+func (t *Table) Delete(ctx context.Context, row Row) error {
+	_, err := t.change(ctx, `delete from instances where id = $1 and creation = $2 and state = $3`, row.ID, row.Creation, string(Deleting))
 	return err
 }
 
 // Get is the row of an instance, or ErrNotFound.
 func (t *Table) Get(ctx context.Context, id secret.InstanceID) (Row, error) {
-	found, err := t.query(ctx, `where id = $1`, id.String())
+	return t.one(ctx, `select `+columns+` from instances where id = $1`, id.String())
+}
+
+// Active are the rows of the instances that run.
+func (t *Table) Active(ctx context.Context) ([]Row, error) {
+	return t.query(ctx, `select `+columns+` from instances where state = $1 order by id`, string(Active))
+}
+
+func (t *Table) one(ctx context.Context, statement string, args ...any) (Row, error) {
+	found, err := t.query(ctx, statement, args...)
 	if err == nil && len(found) == 0 {
 		err = ErrNotFound
 	}
@@ -129,20 +144,19 @@ func (t *Table) Get(ctx context.Context, id secret.InstanceID) (Row, error) {
 	return found[0], nil
 }
 
-// Active are the rows of the instances that run.
-func (t *Table) Active(ctx context.Context) ([]Row, error) {
-	return t.query(ctx, `where state = $1 order by id`, string(Active))
-}
+// columns are in the order of Row.
+const columns = `id, state, creation, registration_token_ref, db_uri_ref, oidc_client_secret_ref`
 
-func (t *Table) query(ctx context.Context, where string, args ...any) (found []Row, err error) {
-	rows, err := t.db.QueryContext(ctx, `select id, state, registration_token_ref, db_uri_ref, oidc_client_secret_ref from instances `+where, args...)
+// query is of a statement that yields columns.
+func (t *Table) query(ctx context.Context, statement string, args ...any) (found []Row, err error) {
+	rows, err := t.db.QueryContext(ctx, statement, args...)
 	if err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, rows.Close()) }()
 	for rows.Next() {
 		var r Row
-		if err := rows.Scan(&r.ID, &r.State, &r.RegistrationTokenRef, &r.DBURIRef, &r.OIDCClientSecretRef); err != nil {
+		if err := rows.Scan(&r.ID, &r.State, &r.Creation, &r.RegistrationTokenRef, &r.DBURIRef, &r.OIDCClientSecretRef); err != nil {
 			return nil, err
 		}
 		found = append(found, r)

@@ -68,7 +68,7 @@ func (s *story) created() {
 		s.t.Errorf("a second one of the same id got %d %s, want 409", status, answer)
 	}
 	row, err := s.table.Get(s.ctx, s.key.InstanceID())
-	if want := (rows.Row{ID: demo, State: rows.Active, RegistrationTokenRef: "instance-demo", DBURIRef: "instance-demo-dburi", OIDCClientSecretRef: "instance-demo-oidc-secret"}); err != nil || row != want {
+	if want := (rows.Row{ID: demo, State: rows.Active, Creation: row.Creation, RegistrationTokenRef: "instance-demo", DBURIRef: "instance-demo-dburi", OIDCClientSecretRef: "instance-demo-oidc-secret"}); err != nil || row != want {
 		s.t.Errorf("got row %v, %v, want %v", row, err, want)
 	}
 	s.worksOn("demo_1")
