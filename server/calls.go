@@ -188,10 +188,15 @@ func decideUnary(g *gate) grpc.UnaryServerInterceptor {
 		}
 		defer g.concludePanic(ctx, c)
 		resp, err := handler(ctx, req)
+		var answer *encoded
+		if err == nil {
+			answer, err = encode(resp)
+		}
 		if err := g.conclude(ctx, c, err); err != nil {
+			answer.free()
 			return nil, err
 		}
-		return resp, nil
+		return answer, nil
 	}
 }
 

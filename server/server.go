@@ -122,6 +122,7 @@ func New(cfg Config) (*Server, error) {
 	gate := &gate{trust: cfg.Trust, now: cfg.Now, log: cfg.Logger, accounts: accounts, audit: cfg.Audit}
 	s.grpc = grpc.NewServer(append(chain(metrics, cfg.Logger, gate, refusals, s.drained),
 		grpc.Creds(s.connections),
+		grpc.ForceServerCodecV2(codec{wire}),
 		grpc.MaxRecvMsgSize(maxRequestBytes),
 		grpc.MaxHeaderListSize(maxHeaderBytes),
 		grpc.MaxConcurrentStreams(maxStreams),
