@@ -97,15 +97,17 @@ func (l *Log) board() {
 	// As many share a write for next to nothing, and a crowd that never ends is to have
 	// one at last.
 	const crowd, most = 256, 8
-	for before, looks := 0, 0; looks < most; looks++ {
+	for before, same, looks := 0, 0, 0; same < 2 && looks < most; looks++ {
 		runtime.Gosched()
 		l.mu.Lock()
 		n := len(l.queue)
 		l.mu.Unlock()
-		if n == before || n >= crowd {
+		if n >= crowd {
 			return
 		}
-		before = n
+		if same++; n != before {
+			before, same = n, 0
+		}
 	}
 }
 
