@@ -233,6 +233,7 @@ func testRenewedAhead(t *testing.T, start func(*testing.T) *system) {
 // TestEveryWriteIsSeen: whatever memory held, a read that starts after a write gets
 // what that left or found.
 func TestEveryWriteIsSeen(t *testing.T) {
+	notRacing(t)
 	t.Parallel()
 	onEachVault(t, testEveryWriteIsSeen)
 }

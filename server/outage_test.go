@@ -23,6 +23,7 @@ func (x *subject) out(err error) {
 // TestOutage: who named no bound gets the value for 15 minutes more, who named one
 // gets nothing older; and whatever was set for the broker counts.
 func TestOutage(t *testing.T) {
+	notRacing(t)
 	t.Parallel()
 	onEachVault(t, testOutage)
 }

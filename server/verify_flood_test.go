@@ -331,6 +331,9 @@ func (s *system) flood(t *testing.T, name string, n int) (end, wait func()) {
 func TestFloodOfMadeUpInstances(t *testing.T) {
 	t.Parallel()
 	for name, spent := range map[string]bool{"the first ones": false, "when there were many before": true} {
+		if racing() && !spent {
+			continue // the same calls, and fewer
+		}
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			x, token := startKeyVault(t).instance(t, "demo", "active")

@@ -165,6 +165,7 @@ func (x *subject) further(n int) {
 }
 
 func TestRequestIDIsRememberedForEightFurtherOperations(t *testing.T) {
+	notRacing(t)
 	t.Parallel()
 	onEachVault(t, testRequestIDIsRememberedForEightFurtherOperations)
 }
