@@ -75,7 +75,7 @@ func (s *story) created() {
 }
 
 func (s *story) instanceStarts() {
-	if err := s.startInstance(s.ctx, 10*time.Millisecond); err != nil {
+	if err := s.startInstance(s.ctx, callInterval); err != nil {
 		s.t.Fatal(err)
 	}
 	s.goesOn(10, 1)
@@ -163,6 +163,9 @@ func (s *story) certificatesRenewed() {
 	s.noneFailed("while certificates were renewed", before)
 }
 
+// callInterval is how often the instance calls.
+const callInterval = 10 * time.Millisecond
+
 // Tokens are verified from memory, and a rotation waits for the vault and happens
 // once.
 func (s *story) vaultOut() {
@@ -177,7 +180,11 @@ func (s *story) vaultOut() {
 	if verified, err := s.api.Verify(s.ctx, s.key.InstanceID(), secret.NewValue(s.token)); err != nil || !verified.OK() {
 		s.t.Errorf("during an outage got %v, %v, want that the token is good", verified, err)
 	}
-	s.goesOn(100, 4)
+	calls := 100
+	if outage, err := time.ParseDuration(os.Getenv("BROKER_TEST_OUTAGE")); err == nil {
+		calls = int(outage / callInterval)
+	}
+	s.goesOn(calls, 4)
 	select {
 	case <-token:
 		s.t.Error("rotated without a vault")
