@@ -283,7 +283,7 @@ func answered(h handler) http.HandlerFunc {
 		body, err := h(r)
 		if err != nil {
 			status, text := judge(err)
-			if status >= http.StatusInternalServerError {
+			if status >= http.StatusInternalServerError && r.Context().Err() == nil { // else nobody waits for it
 				slog.Error("a request failed", "method", r.Method, "route", r.Pattern, "error", err)
 			}
 			http.Error(w, text, status)
@@ -346,7 +346,7 @@ func bearer(r *http.Request) (secret.Value, bool) {
 func read(r *http.Request, into any) error {
 	decoder := json.NewDecoder(http.MaxBytesReader(nil, r.Body, 64<<10))
 	decoder.DisallowUnknownFields()
-	if decoder.Decode(into) != nil {
+	if err := decoder.Decode(into); err != nil || decoder.More() {
 		return problem{http.StatusBadRequest, "the body is not the JSON that this request takes"}
 	}
 	return nil

@@ -121,7 +121,7 @@ func TestBadRequests(t *testing.T) {
 	for _, body := range []string{
 		"", "{", `{"id": "demo-hunter2"`, `{"hunter2": 1}`, `{"id": "demo", "database_uri": 17, "oidc_client_secret": "hunter2"}`,
 		strings.Replace(creation, "postgres:", "hunter2:", 1), strings.Replace(creation, "correct horse", "hunter2\\n", 1), strings.Replace(creation, `"demo"`, `"HUNTER2"`, 1),
-		`{"id": "` + strings.Repeat("x", 70<<10) + `"}`,
+		`{"id": "` + strings.Repeat("x", 70<<10) + `"}`, creation + ` {"hunter2": 1}`,
 	} {
 		if answer := b.want(http.StatusBadRequest, "POST", "/instances", "operator", body); strings.Contains(answer, "hunter2") {
 			t.Errorf("%.80s: got %s, which holds a part of it", body, answer)

@@ -74,6 +74,8 @@ func run(ctx context.Context) (err error) {
 	server := &http.Server{
 		Handler:           (&api{broker: broker, verifier: verifier, table: table, operator: operator}).routes(),
 		ReadHeaderTimeout: 10 * time.Second,
+		ReadTimeout:       30 * time.Second,
+		IdleTimeout:       2 * time.Minute,
 	}
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()

@@ -22,6 +22,7 @@ func TestRun(t *testing.T) {
 		code   int
 	}{
 		"interrupted": {syscall.SIGINT, 0},
+		"hung up":     {syscall.SIGHUP, 0},
 		"killed":      {syscall.SIGKILL, -1},
 	} {
 		t.Run(name, func(t *testing.T) {
