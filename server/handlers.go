@@ -135,7 +135,9 @@ func (s *service) VerifyToken(ctx context.Context, in *secretsv1.VerifyTokenRequ
 		return nil, err
 	}
 	if c.overQuota != nil && v.Result == broker.NoMatch {
-		c.account.holdBack(ctx)
+		// No longer: it has a place among the caller's calls, which a token that matches
+		// must find.
+		wait(ctx, quotaPause)
 		return nil, c.overQuota
 	}
 	c.match = v.Result != broker.NoMatch

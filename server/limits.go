@@ -78,6 +78,7 @@ type account struct {
 	refusals       *rate.Limiter // of which each has a line of its own in the audit log
 	pace           *rate.Limiter // of refusals by quota
 	calls, streams atomic.Int64  // under way
+	refused        atomic.Int64  // by quota, and held back
 	held           atomic.Int64
 	connections    int // guarded by accounts.mu
 }
@@ -168,7 +169,7 @@ func (g *gate) enter(ctx context.Context, c *call, underWay *atomic.Int64, most 
 		}
 	}
 	if c.account.requests != nil && !c.health && !g.spend(c, err) {
-		c.account.holdBack(ctx)
+		c.account.holdBack(ctx, most)
 		return c.overQuota
 	}
 	if err != nil {
@@ -191,14 +192,26 @@ const (
 	quotaRefusals = 2000
 )
 
-func (a *account) holdBack(ctx context.Context) {
-	turn := a.pace.Reserve()
-	pause := time.NewTimer(max(quotaPause, turn.Delay()))
-	defer pause.Stop()
-	select {
-	case <-pause.C:
-	case <-ctx.Done():
+// holdBack is for a refusal by quota, which takes no place among the identity's calls.
+func (a *account) holdBack(ctx context.Context, most int64) {
+	defer a.refused.Add(-1)
+	if a.refused.Add(1) > most {
+		return
+	}
+	if turn := a.pace.Reserve(); !wait(ctx, max(quotaPause, turn.Delay())) {
 		turn.Cancel()
+	}
+}
+
+// wait reports whether d has passed before ctx ended.
+func wait(ctx context.Context, d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return true
+	case <-ctx.Done():
+		return false
 	}
 }
 
