@@ -4,8 +4,6 @@ import (
 	"context"
 	"fmt"
 	"net/http"
-	"runtime/debug"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -17,6 +15,7 @@ import (
 
 	secretsv1 "github.com/exto/secrets-broker/gen/exto/secrets/v1"
 	"github.com/exto/secrets-broker/internal/keyvaultfake"
+	"github.com/exto/secrets-broker/internal/race"
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server"
 	"github.com/exto/secrets-broker/server/broker"
@@ -154,20 +153,13 @@ func (b *barrier) hold(ctx context.Context, op string, _ secret.Key) error {
 	}
 }
 
-// racing reports that this is a run with the race detector, for which many goroutines
-// are slow.
-func racing() bool {
-	info, ok := debug.ReadBuildInfo()
-	return ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
-}
-
 // TestOneLookForAll: 10,000 calls for a cold secret, of two callers, are one request
 // to the vault.
 func TestOneLookForAll(t *testing.T) {
 	t.Parallel()
 	const connections = 10
 	gets := 10_000
-	if racing() {
+	if race.Enabled {
 		gets = 2_000
 	}
 	s := startKeyVault(t)

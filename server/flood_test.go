@@ -11,13 +11,14 @@ import (
 	"google.golang.org/grpc/status"
 
 	secretsv1 "github.com/exto/secrets-broker/gen/exto/secrets/v1"
+	"github.com/exto/secrets-broker/internal/race"
 	"github.com/exto/secrets-broker/server"
 )
 
 // TestFloodOfOneIdentity: what another's cached Gets cost, with and without one, is
 // printed; that none of them fails is what is asked. It runs beside no other test.
 func TestFloodOfOneIdentity(t *testing.T) {
-	if racing() {
+	if race.Enabled {
 		t.Skip("under the race detector nothing is measured")
 	}
 	const calls, perSecond = 500, 2000

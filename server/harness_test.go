@@ -34,6 +34,7 @@ import (
 	secretsv1 "github.com/exto/secrets-broker/gen/exto/secrets/v1"
 	"github.com/exto/secrets-broker/internal/keyvaultfake"
 	"github.com/exto/secrets-broker/internal/pki"
+	"github.com/exto/secrets-broker/internal/race"
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server"
 	"github.com/exto/secrets-broker/server/audit"
@@ -57,7 +58,7 @@ func TestMain(m *testing.M) {
 	flag.Visit(func(f *flag.Flag) { set = set || f.Name == "test.parallel" })
 	switch {
 	case set:
-	case racing():
+	case race.Enabled:
 		_ = flag.Set("test.parallel", atOnceRacing)
 	default:
 		_ = flag.Set("test.parallel", atOnce)
@@ -228,7 +229,7 @@ func (s *system) openKeyVault(p keyvaultfake.Principal) vault.Vault {
 // one after the other.
 func notRacing(t *testing.T) {
 	t.Helper()
-	if racing() {
+	if race.Enabled {
 		t.Skip("one call after the other: there is nothing to race")
 	}
 }
@@ -239,7 +240,7 @@ func onEachVault(t *testing.T, test func(t *testing.T, start func(*testing.T) *s
 		t.Run(name, func(t *testing.T) {
 			// The detector makes everything several times as slow, and looks for other
 			// things than what depends on the vault.
-			if even := len(t.Name())%2 == 0; racing() && even == (name == "embedded") {
+			if even := len(t.Name())%2 == 0; race.Enabled && even == (name == "embedded") {
 				t.Skip("under the race detector half of the tests run on one vault, and half on the other")
 			}
 			t.Parallel()

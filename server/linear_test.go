@@ -20,6 +20,7 @@ import (
 
 	secretsv1 "github.com/exto/secrets-broker/gen/exto/secrets/v1"
 	"github.com/exto/secrets-broker/internal/keyvaultfake"
+	"github.com/exto/secrets-broker/internal/race"
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server/broker"
 	"github.com/exto/secrets-broker/server/vault"
@@ -398,7 +399,7 @@ var linearMenus = [][]string{
 func TestLinearizable(t *testing.T) {
 	t.Parallel()
 	seeds := uint64(6)
-	if racing() {
+	if race.Enabled {
 		seeds = 1
 	}
 	if more, err := strconv.ParseUint(os.Getenv("BROKER_TEST_SEEDS"), 10, 64); err == nil {

@@ -12,6 +12,7 @@ import (
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 
 	secretsv1 "github.com/exto/secrets-broker/gen/exto/secrets/v1"
+	"github.com/exto/secrets-broker/internal/race"
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server"
 )
@@ -234,7 +235,7 @@ func TestTenThousandGetsAtOnce(t *testing.T) {
 	defer release()
 	const connections = 5
 	each := 2000
-	if racing() {
+	if race.Enabled {
 		each = 300
 	}
 	ended := make(chan error, connections*each)

@@ -13,6 +13,7 @@ import (
 
 	secretsv1 "github.com/exto/secrets-broker/gen/exto/secrets/v1"
 	"github.com/exto/secrets-broker/internal/keyvaultfake"
+	"github.com/exto/secrets-broker/internal/race"
 	"github.com/exto/secrets-broker/secret"
 )
 
@@ -23,7 +24,7 @@ import (
 func TestRandomFaults(t *testing.T) {
 	t.Parallel()
 	seeds := uint64(40)
-	if racing() {
+	if race.Enabled {
 		seeds = 4
 	}
 	if more, err := strconv.ParseUint(os.Getenv("BROKER_TEST_SEEDS"), 10, 64); err == nil {

@@ -15,6 +15,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	secretsv1 "github.com/exto/secrets-broker/gen/exto/secrets/v1"
+	"github.com/exto/secrets-broker/internal/race"
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server"
 )
@@ -292,7 +293,7 @@ func TestOneStep(t *testing.T) {
 	s.startEmbedded()
 	c := secretsv1.NewSecretsBrokerServiceClient(s.dial(s.clientTLS(pair)))
 	swaps := 300
-	if racing() {
+	if race.Enabled {
 		swaps = 50
 	}
 	for n := range swaps {

@@ -13,13 +13,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime/debug"
-	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/exto/secrets-broker/internal/race"
 	"github.com/exto/secrets-broker/secret"
 	"github.com/exto/secrets-broker/server/vault"
 	"github.com/exto/secrets-broker/server/vault/embedded"
@@ -33,17 +32,11 @@ type stored struct {
 	want map[string]string
 }
 
-// racing reports that this is a run with the race detector.
-func racing() bool {
-	info, ok := debug.ReadBuildInfo()
-	return ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
-}
-
 // notRacing leaves a test out under the race detector in which one damage comes after the
 // other.
 func notRacing(t *testing.T) {
 	t.Helper()
-	if racing() {
+	if race.Enabled {
 		t.Skip("one after the other: there is nothing to race")
 	}
 }
@@ -536,7 +529,7 @@ func TestCopiedWhileWritten(t *testing.T) {
 		})
 	}
 	copies := 20
-	if racing() {
+	if race.Enabled {
 		copies = 4
 	}
 	for range copies {
