@@ -1,6 +1,9 @@
 package audit
 
-import "os"
+import (
+	"os"
+	"time"
+)
 
 // File is what a log asks of its file.
 type File = file
@@ -8,5 +11,11 @@ type File = file
 // Wrap puts something between a log and its files.
 func (c Config) Wrap(wrap func(*os.File) File) Config {
 	c.wrap = wrap
+	return c
+}
+
+// Hangs sets how long a write may take before new records are refused at once.
+func (c Config) Hangs(d time.Duration) Config {
+	c.hangs = d
 	return c
 }

@@ -305,7 +305,7 @@ func TestLeavingTheQueue(t *testing.T) {
 }
 
 // TestHangingSink: callers wait until their deadline; when it has been hanging for
-// a second, new ones don't wait.
+// long, new ones don't wait.
 func TestHangingSink(t *testing.T) {
 	t.Parallel()
 	r, w, err := os.Pipe()
@@ -313,7 +313,7 @@ func TestHangingSink(t *testing.T) {
 	defer func() { _ = r.Close() }()
 	metrics := prometheus.NewRegistry()
 	var text lines
-	l := open(t, audit.Config{Path: "-", Out: w, Metrics: metrics, Logger: slog.New(slog.NewTextHandler(&text, nil))})
+	l := open(t, audit.Config{Path: "-", Out: w, Metrics: metrics, Logger: slog.New(slog.NewTextHandler(&text, nil))}.Hangs(time.Second))
 	ctx := callContext(t)
 	ok(t, l.Intend(ctx, intent("before")))
 	big := call(strings.Repeat("x", 1024))

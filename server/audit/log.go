@@ -1,6 +1,7 @@
 package audit
 
 import (
+	"cmp"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -21,8 +22,8 @@ import (
 var ErrUnavailable = errors.New("the audit log cannot be written")
 
 var (
-	errHanging = errors.New("a write has been hanging for over a second")
-	errSyncing = errors.New("an fsync has been hanging for over a second")
+	errHanging = errors.New("a write has been hanging for seconds")
+	errSyncing = errors.New("an fsync has been hanging for seconds")
 	errFull    = errors.New("too many records are waiting to be written")
 	errDown    = errors.New("the last write failed")
 	errClosed  = errors.New("it is closed")
@@ -32,9 +33,9 @@ const (
 	// long is how long the callers of a write wait for it without a look at their own
 	// time. That is how much later they may leave.
 	long = 5 * time.Millisecond
-	// hangs is how long a write or an fsync may take before new records are
-	// refused at once.
-	hangs = time.Second
+	// hangs is how long a write or an fsync may take before new records are refused at
+	// once: disks of clouds, and machines with too much to do, stop for a second or two.
+	hangs = 5 * time.Second
 	// maxQueued bounds the bytes that wait, also of callers that gave up.
 	maxQueued = 16 << 20
 	// headEvery is how often the head is logged, in ticks.
@@ -53,7 +54,8 @@ type Config struct {
 	Metrics  prometheus.Registerer // nil: none
 	Now      func() time.Time      // nil: time.Now
 
-	wrap func(*os.File) file // set by tests: puts faults between the log and its file
+	wrap  func(*os.File) file // set by tests: puts faults between the log and its file
+	hangs time.Duration       // 0: hangs
 }
 
 // file is what the log asks of an *os.File.
@@ -145,6 +147,7 @@ func Open(cfg Config) (*Log, error) {
 	if l.cfg.Now == nil {
 		l.cfg.Now = time.Now
 	}
+	l.cfg.hangs = cmp.Or(l.cfg.hangs, hangs)
 	if l.cfg.wrap == nil {
 		l.cfg.wrap = func(f *os.File) file { return f }
 	}
@@ -404,7 +407,7 @@ func (l *Log) poke() {
 // hanging reports whether what began at from is taking too long.
 func (l *Log) hanging(from *atomic.Int64) bool {
 	at := from.Load()
-	return at != 0 && time.Since(l.started)-time.Duration(at) > hangs
+	return at != 0 && time.Since(l.started)-time.Duration(at) > l.cfg.hangs
 }
 
 func unavailable(cause error) error { return fmt.Errorf("%w: %w", ErrUnavailable, cause) }
