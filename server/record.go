@@ -21,8 +21,10 @@ const (
 	allowed = "allowed"
 	refused = "refused"
 
-	// lastWord is how long a record is waited for when its caller is gone.
-	lastWord = time.Second
+	// lastWord is how long a record is waited for when its caller is gone, and firstWord
+	// how long a stream's first answer waits for its own.
+	lastWord  = time.Second
+	firstWord = 10 * time.Second
 	// noMatch is the reason in the record of a wrong token, whose code is OK.
 	noMatch = "NO_MATCH"
 )
@@ -134,8 +136,12 @@ func (g *gate) write(ctx context.Context, c *call, err error) error {
 	}
 	// A stream that is ended must not wait for a log that hangs as long as it would last.
 	if ctx.Err() != nil || c.action == authz.Watch || c.action == authz.Debug || c.action == "" {
+		patience := firstWord
+		if c.concluded || ctx.Err() != nil {
+			ctx, patience = context.WithoutCancel(ctx), lastWord
+		}
 		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), lastWord)
+		ctx, cancel = context.WithTimeout(ctx, patience)
 		defer cancel()
 	}
 	return g.audit.Write(ctx, &r)

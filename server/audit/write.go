@@ -96,9 +96,13 @@ func (l *Log) writeAll() error {
 func (l *Log) board() {
 	// As many share a write for next to nothing, and a crowd that never ends is to have
 	// one at last.
-	const crowd, most = 256, 8
+	const crowd, most, longest = 256, 8, time.Millisecond
+	begun := time.Now()
 	for before, same, looks := 0, 0, 0; same < 2 && looks < most; looks++ {
-		runtime.Gosched()
+		runtime.Gosched() // which takes long where very many are ready to run
+		if time.Since(begun) > longest {
+			return
+		}
 		l.mu.Lock()
 		n := len(l.queue)
 		l.mu.Unlock()
