@@ -39,8 +39,12 @@ func (c *Config) SetPings(interval, timeout time.Duration) {
 // Services is all that is registered, which is all that can be called.
 func (s *Server) Services() map[string]grpc.ServiceInfo { return s.grpc.GetServiceInfo() }
 
-// QuotaPause is how long a refusal by quota is held back.
-const QuotaPause = quotaPause
+// QuotaPause is how long a refusal by quota is held back, and QuotaRefusals how many an
+// identity gets a second.
+const (
+	QuotaPause    = quotaPause
+	QuotaRefusals = quotaRefusals
+)
 
 // Bounds are what callers may use; those that are 0 are the usual ones.
 type Bounds struct {

@@ -225,8 +225,8 @@ func (g *gate) spend(c *call, refused error) bool {
 		return true
 	}
 	missing := 1 - c.account.requests.TokensAt(now)
-	wait := time.Duration(max(0, missing) / g.accounts.perSecond * float64(time.Second))
-	c.overQuota = &broker.Error{Reason: secret.CallerQuotaExceeded, RetryAfter: max(wait, time.Millisecond),
+	retry := time.Duration(max(0, missing) / g.accounts.perSecond * float64(time.Second))
+	c.overQuota = &broker.Error{Reason: secret.CallerQuotaExceeded, RetryAfter: max(retry, time.Millisecond),
 		Message: "this caller makes more requests a second than it may; try again after the time in RetryInfo"}
 	return refused == nil && c.action == authz.Verify
 }

@@ -225,6 +225,31 @@ func TestRefusalsTakeNoPlaces(t *testing.T) {
 	}
 }
 
+// TestRefusalsArePaced: many at once are not all refused at once.
+func TestRefusalsArePaced(t *testing.T) {
+	t.Parallel()
+	const calls = 200
+	s := startWithQuota(t, 1)
+	c := s.as(consoleAPI)
+	if err := list(t, c); err != nil {
+		t.Fatal(err)
+	}
+	begun := time.Now()
+	ended := make(chan error, calls)
+	for range calls {
+		go func() {
+			_, err := c.ListSecrets(callContext(t), &secretsv1.ListSecretsRequest{})
+			ended <- err
+		}()
+	}
+	for range calls {
+		wantQuota(t, <-ended, "")
+	}
+	if took, least := time.Since(begun), time.Second*(calls-2)/server.QuotaRefusals; took < least {
+		t.Errorf("got %d refusals after %v, want them within no less than %v", calls, took, least)
+	}
+}
+
 func TestTenThousandGetsAtOnce(t *testing.T) {
 	t.Parallel()
 	s := startSystem(t)

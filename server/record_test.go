@@ -279,9 +279,9 @@ func TestNothingWithoutARecord(t *testing.T) {
 	}
 }
 
-// TestHangingAuditLog holds up no call beyond its deadline.
-func TestHangingAuditLog(t *testing.T) {
-	t.Parallel()
+// startOnSink is a broker that has a token of demo, and whose records go to a sink.
+func startOnSink(t *testing.T) (*sink, secretsv1.SecretsBrokerServiceClient) {
+	t.Helper()
 	s := newSystem(t)
 	out := &sink{}
 	s.auditTo = out
@@ -290,6 +290,13 @@ func TestHangingAuditLog(t *testing.T) {
 	if _, err := c.PutSecret(callContext(t), &secretsv1.PutSecretRequest{Ref: ref("demo", tokenKind), Value: "tok"}); err != nil {
 		t.Fatal(err)
 	}
+	return out, c
+}
+
+// TestHangingAuditLog holds up no call beyond its deadline.
+func TestHangingAuditLog(t *testing.T) {
+	t.Parallel()
+	out, c := startOnSink(t)
 	hang := make(chan struct{})
 	out.set(nil, hang)
 	var calls sync.WaitGroup
@@ -343,14 +350,7 @@ func TestDeadlineWhileItIsRecorded(t *testing.T) {
 	for _, name := range []string{"get", "put"} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			s := newSystem(t)
-			out := &sink{}
-			s.auditTo = out
-			s.startEmbedded()
-			c := s.as(consoleAPI)
-			if _, err := c.PutSecret(callContext(t), &secretsv1.PutSecretRequest{Ref: ref("demo", tokenKind), Value: "tok"}); err != nil {
-				t.Fatal(err)
-			}
+			out, c := startOnSink(t)
 			// One record is being written, so that the next one waits.
 			hang := make(chan struct{})
 			out.set(nil, hang)

@@ -62,9 +62,11 @@ func server(t *testing.T, handler http.HandlerFunc) (direct.Config, *hears) {
 	t.Helper()
 	s := httptest.NewTLSServer(handler)
 	t.Cleanup(s.Close)
+	roots := x509.NewCertPool()
+	roots.AddCert(s.Certificate())
 	credential := new(hears)
 	transport := &http.Transport{
-		TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, // its certificate is for another host
+		TLSClientConfig: &tls.Config{RootCAs: roots, ServerName: "example.com"}, // whom its certificate is for
 		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
 			if address != "acme.vault.azure.net:443" && address != "acme.vault.evil.example:443" {
 				t.Errorf("got a connection to %s, want none but to the vault", address)

@@ -152,9 +152,9 @@ func (c serveCommand) check() error {
 const gcPercent = 400
 
 // maxBallast is memory that is never touched, so that the machine has not to find it,
-// but counts for gcPercent: a broker with little in its cache is collected once a second
-// under load, and not four times, of which its slowest calls are those that it meets. Go
-// has no other way to say how small a heap is not worth collecting.
+// but counts for gcPercent: the heap of a broker with little in its cache would else be
+// collected several times a second under load, which costs the calls that it meets most.
+// Go has no other way to say how small a heap is not worth collecting.
 const maxBallast = 32 << 20
 
 // serve runs the broker until ctx ends and everything is closed again. listening
