@@ -3,6 +3,7 @@ package server
 import (
 	"container/list"
 	"errors"
+	"log/slog"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -14,6 +15,8 @@ import (
 var (
 	errShutDown = errors.New("the server is shutting down")
 	errTooMany  = errors.New("too many connections")
+	// errHeldBack is for what was answered when it was thought that the record would follow.
+	errHeldBack = errors.New("the audit log has no record of what is answered here")
 )
 
 // connections secures connections and knows all that are open. A gRPC server that
@@ -24,6 +27,8 @@ type connections struct {
 	trust    *Trust
 	accounts *accounts
 	refusals *refusals
+	await    func(mark int64) bool // of the audit log
+	log      *slog.Logger
 	clock    atomic.Uint32 // counts quarters of the time that a request may take
 
 	mu      sync.Mutex
@@ -232,7 +237,17 @@ func (g *guarded) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// Write lets nothing leave before the records of all that was answered up to now are
+// written. Calls have waited for theirs where that was in doubt: when it fails all the
+// same there is no way to tell them, but the end of the connection.
 func (g *guarded) Write(p []byte) (int, error) {
+	if owed := g.connection.owed.Load(); !g.all.await(owed) || g.connection.unrecorded.Load() {
+		if !g.left.Swap(true) {
+			g.all.log.Warn("connection closed: what was answered on it could not be recorded", "caller", g.connection.caller.name(), "peer.address", g.connection.address)
+		}
+		_ = g.raw.Close() // gRPC leaves it to who reads to find out
+		return 0, errHeldBack
+	}
 	why, left := g.sent(p)
 	if why != "" {
 		g.all.refusals.report(refusalOn(g.connection, why))

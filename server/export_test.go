@@ -36,6 +36,23 @@ func (c *Config) SetPings(interval, timeout time.Duration) {
 	c.pingInterval, c.pingTimeout = interval, timeout
 }
 
+// SetAwait puts something before the wait of answers for their records.
+func (c *Config) SetAwait(before func(mark int64)) {
+	c.await = func(mark int64) bool {
+		before(mark)
+		return c.Audit.Await(mark)
+	}
+}
+
+// Owed is the mark that answers on a connection wait for when its calls have these.
+func Owed(marks ...int64) int64 {
+	c := &connection{}
+	for _, mark := range marks {
+		c.owe(mark)
+	}
+	return c.owed.Load()
+}
+
 // Services is all that is registered, which is all that can be called.
 func (s *Server) Services() map[string]grpc.ServiceInfo { return s.grpc.GetServiceInfo() }
 

@@ -144,6 +144,12 @@ func (g *gate) write(ctx context.Context, c *call, err error) error {
 		ctx, cancel = context.WithTimeout(ctx, patience)
 		defer cancel()
 	}
+	if err == nil && !c.write {
+		// Its connection holds the answer back until the record is written.
+		mark, err := g.audit.Submit(ctx, &r, c.connection)
+		c.owe(mark)
+		return err
+	}
 	return g.audit.Write(ctx, &r)
 }
 

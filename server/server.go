@@ -81,6 +81,7 @@ type Config struct {
 	// Zero means the constants; tests have less time and smaller bounds.
 	handshakeTimeout, pingInterval, pingTimeout time.Duration
 	bounds                                      bounds
+	await                                       func(mark int64) bool // nil: Audit's
 }
 
 // Server serves the broker's RPCs, grpc.health.v1, and to callers with the
@@ -104,6 +105,9 @@ func New(cfg Config) (*Server, error) {
 	cfg.handshakeTimeout = cmp.Or(cfg.handshakeTimeout, handshakeTimeout)
 	cfg.pingInterval, cfg.pingTimeout = cmp.Or(cfg.pingInterval, pingInterval), cmp.Or(cfg.pingTimeout, pingTimeout)
 	cfg.bounds = cmp.Or(cfg.bounds, usualBounds)
+	if cfg.await == nil {
+		cfg.await = cfg.Audit.Await
+	}
 	metrics := grpcprom.NewServerMetrics(grpcprom.WithServerHandlingTimeHistogram())
 	if err := cfg.Metrics.Register(metrics); err != nil {
 		return nil, err
@@ -116,7 +120,7 @@ func New(cfg Config) (*Server, error) {
 	}
 	accounts := &accounts{bounds: cfg.bounds, perSecond: cfg.CallerRequestsPerSecond, now: cfg.Now, of: map[spiffeid.ID]*account{}}
 	s.connections = &connections{
-		TransportCredentials: credentials.NewTLS(cfg.Trust.TLS()), trust: cfg.Trust, accounts: accounts, refusals: refusals, open: map[*guarded]bool{},
+		TransportCredentials: credentials.NewTLS(cfg.Trust.TLS()), trust: cfg.Trust, accounts: accounts, refusals: refusals, await: cfg.await, log: cfg.Logger, open: map[*guarded]bool{},
 	}
 	s.drained, s.drain = context.WithCancel(context.Background())
 	gate := &gate{trust: cfg.Trust, now: cfg.Now, log: cfg.Logger, accounts: accounts, audit: cfg.Audit}

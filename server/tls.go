@@ -22,7 +22,23 @@ type connection struct {
 	address  string // of peer
 	account  *account
 	traffic  *traffic
+
+	owed       atomic.Int64 // the last mark of the audit log that answers have to wait for
+	unrecorded atomic.Bool  // an answer's record could not be written after all
 }
+
+// owe has nothing leave from now on before the audit log has come to that mark.
+func (c *connection) owe(mark int64) {
+	for {
+		owed := c.owed.Load()
+		if mark <= owed || c.owed.CompareAndSwap(owed, mark) {
+			return
+		}
+	}
+}
+
+// Unrecorded implements audit.Holder.
+func (c *connection) Unrecorded() { c.unrecorded.Store(true) }
 
 // newConnection reads the certificate that the handshake verified.
 func newConnection(info credentials.TLSInfo) *connection {

@@ -19,3 +19,9 @@ func (c Config) Hangs(d time.Duration) Config {
 	c.hangs = d
 	return c
 }
+
+// Free sets how many bytes the file system of the log seems to have left.
+func (c Config) Free(free func() (uint64, error)) Config {
+	c.free = free
+	return c
+}

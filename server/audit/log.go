@@ -54,8 +54,9 @@ type Config struct {
 	Metrics  prometheus.Registerer // nil: none
 	Now      func() time.Time      // nil: time.Now
 
-	wrap  func(*os.File) file // set by tests: puts faults between the log and its file
-	hangs time.Duration       // 0: hangs
+	wrap  func(*os.File) file    // set by tests: puts faults between the log and its file
+	hangs time.Duration          // 0: hangs
+	free  func() (uint64, error) // nil: what is free on the file system, in bytes
 }
 
 // file is what the log asks of an *os.File.
@@ -91,6 +92,10 @@ type Log struct {
 	closed  bool
 	counts  map[countKey]int64
 
+	batches int64        // begun so far: the number of the last one
+	settled atomic.Int64 // number of the last batch of which all is known
+	smooth  atomic.Int64 // since started: when a write last went well, with room for many more; 0: not the last one
+
 	wake     chan struct{}
 	reopen   chan struct{}
 	syncWake chan struct{} // closed by the writer
@@ -105,8 +110,9 @@ type Log struct {
 
 // batch is what the callers of one write wait for.
 type batch struct {
-	done chan struct{} // closed when all is known, or when it takes long
-	long chan struct{} // nil unless it takes long: closed when all is known
+	number int64
+	done   chan struct{} // closed when all is known, or when it takes long
+	long   chan struct{} // nil unless it takes long: closed when all is known
 }
 
 // entry is a record on its way.
@@ -118,6 +124,7 @@ type entry struct {
 	own    bool          // no caller waits for it
 	torn   bool          // it is of the writer's torn
 	resume bool          // it ends an outage
+	holder Holder        // of what was submitted, which nobody waits for here
 	synced chan struct{} // of an intent with a file: closed when all is known
 	// Under the log's mu:
 	state state
@@ -148,6 +155,9 @@ func Open(cfg Config) (*Log, error) {
 		l.cfg.Now = time.Now
 	}
 	l.cfg.hangs = cmp.Or(l.cfg.hangs, hangs)
+	if l.cfg.free == nil {
+		l.cfg.free = l.free
+	}
 	if l.cfg.wrap == nil {
 		l.cfg.wrap = func(f *os.File) file { return f }
 	}
@@ -304,7 +314,8 @@ func (l *Log) enqueue(e *entry) (*batch, error) {
 	l.queue = append(l.queue, e)
 	l.queued += len(e.body)
 	if l.next == nil {
-		l.next = &batch{done: make(chan struct{})}
+		l.batches++
+		l.next = &batch{number: l.batches, done: make(chan struct{})}
 		if l.slow {
 			l.next.takesLong()
 		}

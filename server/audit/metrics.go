@@ -2,11 +2,9 @@ package audit
 
 import (
 	"math"
-	"path/filepath"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promauto"
-	"golang.org/x/sys/unix"
 )
 
 type metrics struct {
@@ -38,11 +36,11 @@ func newMetrics(l *Log) *metrics {
 	if l.onFile() {
 		gauge("file_bytes", "Size of the present file of the audit log.", func() float64 { return float64(l.fileSize.Load()) })
 		gauge("free_bytes", "Bytes left on the file system of the audit log.", func() float64 {
-			var fs unix.Statfs_t
-			if err := unix.Statfs(filepath.Dir(l.cfg.Path), &fs); err != nil {
+			bytes, err := l.free()
+			if err != nil {
 				return math.NaN()
 			}
-			return float64(fs.Bavail) * float64(fs.Bsize)
+			return float64(bytes)
 		})
 	}
 	return &metrics{

@@ -24,6 +24,8 @@ type writer struct {
 	begun  int64 // size of the file when it had only what it begins with
 	logged int64 // sequence of the head that was logged last
 	ticks  int
+	looked time.Duration // since started, for room
+	roomy  bool          // as it was found then
 
 	// A piece of a line that can't be cut off again, as on a stream, is ended with
 	// a newline and recorded with its length and hash.
@@ -128,6 +130,7 @@ func (l *Log) flush() error {
 		wrote, piece, err = l.writeBatch()
 	}
 	l.writeFrom.Store(0)
+	l.judge(err)
 	if err != nil {
 		l.metrics.failures.Inc()
 		l.writes.fall(err)
@@ -156,6 +159,7 @@ func (l *Log) tell() {
 	defer l.mu.Unlock()
 	l.slow = false
 	if l.now != nil {
+		l.settled.Store(l.now.number)
 		l.now.end()
 		l.now = nil
 	}
@@ -281,6 +285,9 @@ func (l *Log) answer(wrote int, err error, piece *entry) *entry {
 			if l.written(e) {
 				syncs = true
 			}
+			if e.holder != nil {
+				l.pool.Put(e)
+			}
 			continue
 		}
 		e.err = err
@@ -297,6 +304,9 @@ func (l *Log) answer(wrote int, err error, piece *entry) *entry {
 		}
 		if e.synced != nil {
 			close(e.synced)
+		}
+		if e.holder != nil {
+			e.holder.Unrecorded()
 		}
 	}
 	l.kept = append(kept, l.kept...)

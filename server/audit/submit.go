@@ -1,0 +1,103 @@
+package audit
+
+import (
+	"context"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// lately is how long ago the last write may be for the next to be expected to go well.
+	// Calls that come one by one are so far apart, and lose nothing by waiting.
+	lately = 5 * time.Millisecond
+	// roomEvery is how often it is asked how much room there is, and ample how much there is
+	// to be: more than anybody fills before it is asked again.
+	roomEvery = time.Millisecond
+	ample     = 64 << 20
+)
+
+// Holder is who can hold back what a record is of.
+type Holder interface {
+	// Unrecorded says that a record that was submitted on the holder's behalf is not
+	// written, and never will be. It must not block.
+	Unrecorded()
+}
+
+// Submit is Write that does not wait for a line which is as good as written: when lines
+// are written one after the other to a file with ample room. A mark other than 0 says so.
+// Nothing that the record is of may leave then before Await has returned for that mark,
+// nor after h was told Unrecorded.
+func (l *Log) Submit(ctx context.Context, r *Record, h Holder) (mark int64, err error) {
+	if at := l.smooth.Load(); at == 0 || time.Since(l.started)-time.Duration(at) > lately {
+		return 0, l.Write(ctx, r)
+	}
+	e := l.entry(TypeCall, r)
+	e.holder = h
+	b, err := l.enqueue(e)
+	if err != nil {
+		return 0, err
+	}
+	return b.number, nil
+}
+
+// Await returns when it is known what became of all that was submitted up to a mark, and
+// whoever has to be told was told so. It gives false if that is not known as long after
+// as a write may hang.
+func (l *Log) Await(mark int64) bool {
+	if l.settled.Load() >= mark {
+		return true
+	}
+	l.mu.Lock()
+	b := l.now
+	if b == nil || b.number < mark {
+		b = l.next
+	}
+	l.mu.Unlock()
+	if b == nil { // settled meanwhile
+		return true
+	}
+	<-b.done
+	if b.long == nil {
+		return true
+	}
+	hanging := time.NewTimer(l.cfg.hangs)
+	defer hanging.Stop()
+	select {
+	case <-b.long:
+		return true
+	case <-hanging.C:
+		return false
+	}
+}
+
+// judge is for the end of every write: whether the next is to be expected to go well too.
+func (l *Log) judge(err error) {
+	if err != nil || !l.onFile() {
+		l.smooth.Store(0)
+		return
+	}
+	now := time.Since(l.started)
+	if l.looked == 0 || now-l.looked > roomEvery {
+		free, err := l.cfg.free()
+		l.looked, l.roomy = now, err == nil && free >= ample && mayGrowTo(l.size+ample)
+	}
+	if !l.roomy {
+		now = 0
+	}
+	l.smooth.Store(int64(now))
+}
+
+// free is how many bytes are left on the file system of the log.
+func (l *Log) free() (uint64, error) {
+	var fs unix.Statfs_t
+	err := unix.Statfs(filepath.Dir(l.cfg.Path), &fs)
+	return fs.Bavail * uint64(fs.Bsize), err
+}
+
+// mayGrowTo reports whether this process may write a file of that size.
+func mayGrowTo(size int64) bool {
+	var limit unix.Rlimit
+	return unix.Getrlimit(unix.RLIMIT_FSIZE, &limit) == nil && uint64(size) <= limit.Cur
+}
