@@ -97,11 +97,9 @@ func (c *canaries) wantNowhere(t *testing.T, places map[string]string) {
 const clientSecret = "the client secret"
 
 // life goes through all that can be done with a secret, and counts what failed.
-func (c *canaries) life(t *testing.T, p *process, id string, kind secretsv1.SecretKind, what string) (failures int) {
+func (c *canaries) life(ctx context.Context, t *testing.T, p *process, id string, kind secretsv1.SecretKind, what string) (failures int) {
 	t.Helper()
 	api, operator := p.as("console-api"), p.as("operator")
-	ctx, cancel := context.WithTimeout(callContext(t), 2*time.Second)
-	defer cancel()
 	what = fmt.Sprint(what, ", ", kind)
 	try := func(shown any, err error) {
 		if err != nil {
@@ -217,7 +215,9 @@ func (c *canaries) faults(t *testing.T, p *process, vault *keyvaultfake.Fake) {
 		for _, id := range ids {
 			for _, kind := range kinds {
 				wg.Go(func() {
-					if c.life(t, p, id, kind, id) == 0 && id != "fault-after" {
+					ctx, cancel := context.WithTimeout(callContext(t), 2*time.Second)
+					defer cancel()
+					if c.life(ctx, t, p, id, kind, id) == 0 && id != "fault-after" {
 						t.Errorf("%s: got no error", id)
 					}
 				})
@@ -260,7 +260,7 @@ func TestNoValueShows(t *testing.T) {
 			temp, c := t.TempDir(), &canaries{hidden: map[string]string{}}
 			p, vault := start(t, temp)
 			for _, kind := range kinds {
-				if failures := c.life(t, p, "demo", kind, "as it should be"); failures > 0 {
+				if failures := c.life(callContext(t), t, p, "demo", kind, "as it should be"); failures > 0 {
 					t.Fatalf("got %d errors without a fault: %s", failures, &c.said)
 				}
 			}

@@ -18,13 +18,14 @@ import (
 type mortal struct {
 	*cloud
 	ctx context.Context
+	id  string
 	p   *process
 	api secretsv1.SecretsBrokerServiceClient
 }
 
-const mortalKey = "instance-demo-dburi"
+func (m *mortal) key() string { return "instance-" + m.id + "-dburi" }
 
-func mortalRef() *secretsv1.SecretRef { return ref("demo", uriKind) }
+func (m *mortal) ref() *secretsv1.SecretRef { return ref(m.id, uriKind) }
 
 // uri is the n-th value of a mortal's secret.
 func uri(n int) string { return fmt.Sprintf("postgres://app:value-%d@db/orders", n) }
@@ -32,15 +33,14 @@ func uri(n int) string { return fmt.Sprintf("postgres://app:value-%d@db/orders",
 // begin makes the two versions of the secret, and deletes it where the state says.
 func (m *mortal) begin(state string) {
 	m.t.Helper()
-	m.run()
-	must2(m.api.PutSecret(m.ctx, &secretsv1.PutSecretRequest{Ref: mortalRef(), Value: uri(1)}))(m.t)
-	must2(m.api.PutSecret(m.ctx, &secretsv1.PutSecretRequest{Ref: mortalRef(), Value: uri(2)}))(m.t)
+	must2(m.api.PutSecret(m.ctx, &secretsv1.PutSecretRequest{Ref: m.ref(), Value: uri(1)}))(m.t)
+	must2(m.api.PutSecret(m.ctx, &secretsv1.PutSecretRequest{Ref: m.ref(), Value: uri(2)}))(m.t)
 	switch state {
 	case "active":
 	case "deleted":
-		must2(m.api.DeleteSecret(m.ctx, &secretsv1.DeleteSecretRequest{Ref: mortalRef()}))(m.t)
+		must2(m.api.DeleteSecret(m.ctx, &secretsv1.DeleteSecretRequest{Ref: m.ref()}))(m.t)
 	case "deleted by a person":
-		m.PersonDelete(mortalKey)
+		m.PersonDelete(m.key())
 	default:
 		m.t.Fatalf("no state %q", state)
 	}
@@ -54,7 +54,7 @@ func (m *mortal) run() {
 
 // got is the value that the broker gives, or the reason why it gives none.
 func (m *mortal) got() string {
-	out, err := m.api.GetSecret(m.ctx, &secretsv1.GetSecretRequest{Ref: mortalRef(), MaxStaleness: durationpb.New(0)})
+	out, err := m.api.GetSecret(m.ctx, &secretsv1.GetSecretRequest{Ref: m.ref(), MaxStaleness: durationpb.New(0)})
 	if err != nil {
 		reason, _ := told(err)
 		return reason
@@ -66,15 +66,15 @@ func (m *mortal) got() string {
 // it gives none.
 func (m *mortal) exposed() string {
 	// The state first: what becomes live in between is only seen the later.
-	state := m.State(mortalKey)
-	versions := m.Versions(mortalKey)
+	state := m.State(m.key())
+	versions := m.Versions(m.key())
 	if state != keyvaultfake.Live || len(versions) == 0 || !versions[len(versions)-1].Enabled {
 		return ""
 	}
 	return versions[len(versions)-1].Value
 }
 
-// killAt kills the broker at its n-th request that changes the vault: before it is
+// killAt kills the broker at its n-th request that changes the secret: before it is
 // handled, or once it was handled and before the answer. From then on the broker
 // reaches the vault no more. died is closed when it is dead; watch is called at each
 // request.
@@ -95,10 +95,10 @@ func (m *mortal) killAt(n int, after bool, watch func()) (died <-chan struct{}) 
 		if dead {
 			return keyvaultfake.Fault{Cut: true}
 		}
-		if changes(r.Op) {
-			count++
+		if !changes(r.Op) || r.Name != m.key() {
+			return keyvaultfake.Fault{}
 		}
-		if !changes(r.Op) || count != n {
+		if count++; count != n {
 			return keyvaultfake.Fault{}
 		}
 		dead = true
@@ -126,19 +126,19 @@ func (m *mortal) killAt(n int, after bool, watch func()) (died <-chan struct{}) 
 // mortalCalls are the writes, each with the same request id when it is made again.
 var mortalCalls = map[string]func(m *mortal, id string) error{
 	"put": func(m *mortal, id string) error {
-		_, err := m.api.PutSecret(m.ctx, &secretsv1.PutSecretRequest{Ref: mortalRef(), Value: uri(3), RequestId: id})
+		_, err := m.api.PutSecret(m.ctx, &secretsv1.PutSecretRequest{Ref: m.ref(), Value: uri(3), RequestId: id})
 		return err
 	},
 	"rotate": func(m *mortal, id string) error {
-		_, err := m.api.RotateSecret(m.ctx, &secretsv1.RotateSecretRequest{Ref: mortalRef(), NewValue: uri(3), AllowMissing: true, RequestId: id})
+		_, err := m.api.RotateSecret(m.ctx, &secretsv1.RotateSecretRequest{Ref: m.ref(), NewValue: uri(3), AllowMissing: true, RequestId: id})
 		return err
 	},
 	"delete": func(m *mortal, id string) error {
-		_, err := m.api.DeleteSecret(m.ctx, &secretsv1.DeleteSecretRequest{Ref: mortalRef(), RequestId: id})
+		_, err := m.api.DeleteSecret(m.ctx, &secretsv1.DeleteSecretRequest{Ref: m.ref(), RequestId: id})
 		return err
 	},
 	"recover": func(m *mortal, id string) error {
-		_, err := m.api.RecoverSecret(m.ctx, &secretsv1.RecoverSecretRequest{Ref: mortalRef(), RequestId: id})
+		_, err := m.api.RecoverSecret(m.ctx, &secretsv1.RecoverSecretRequest{Ref: m.ref(), RequestId: id})
 		return err
 	},
 }
@@ -173,10 +173,19 @@ func (w walk) final() string {
 	return uri(3)
 }
 
-// begin is a vault with a broker.
-func (w walk) begin(t *testing.T, dir string) *mortal {
+// first is a vault with a broker.
+func (w walk) first(t *testing.T, dir string) *mortal {
 	t.Helper()
-	m := &mortal{cloud: secretCloud(t, dir, keyvaultfake.Config{Transitions: &w.transitions}), ctx: callContext(t)}
+	m := &mortal{cloud: secretCloud(t, dir, keyvaultfake.Config{Transitions: &w.transitions}), id: "demo"}
+	m.run()
+	return m
+}
+
+// begin is another secret in the vault of the one before, with the broker that is left.
+func (w walk) begin(before *mortal) *mortal {
+	before.t.Helper()
+	before.OnRequest(nil)
+	m := &mortal{cloud: before.cloud, ctx: callContext(before.t), id: before.id + "-x", p: before.p, api: before.api}
 	m.begin(w.state)
 	if w.fresh {
 		m.p.kill()
@@ -198,8 +207,8 @@ func (w walk) check(m *mortal, alive bool) {
 	if !alive {
 		return
 	}
-	for _, v := range m.Versions(mortalKey)[:2] {
-		out, err := m.api.GetSecret(m.ctx, &secretsv1.GetSecretRequest{Ref: mortalRef(), Version: v.ID, MaxStaleness: durationpb.New(0)})
+	for _, v := range m.Versions(m.key())[:2] {
+		out, err := m.api.GetSecret(m.ctx, &secretsv1.GetSecretRequest{Ref: m.ref(), Version: v.ID, MaxStaleness: durationpb.New(0)})
 		if reason, _ := told(err); reason != "SECRET_NOT_FOUND" && reason != "VERSION_EXPIRED" {
 			m.t.Errorf("the broker gives a version that was deleted: %v, %v", out.GetMetadata(), err)
 		}
@@ -207,16 +216,16 @@ func (w walk) check(m *mortal, alive bool) {
 }
 
 // steps counts the requests that change the vault when nobody kills the broker.
-func (w walk) steps(t *testing.T, dir string) int {
+func (w walk) steps(before *mortal) (int, *mortal) {
+	t, m := before.t, w.begin(before)
 	t.Helper()
-	m := w.begin(t, dir)
 	m.ResetJournal()
 	if err := mortalCalls[w.call](m, uuid.NewString()); err != nil {
 		t.Fatal(err)
 	}
 	steps := 0
 	for _, r := range m.Journal() {
-		if changes(r.Op) {
+		if changes(r.Op) && r.Name == m.key() {
 			steps++
 		}
 	}
@@ -230,18 +239,19 @@ func (w walk) steps(t *testing.T, dir string) int {
 	if g := m.got(); g != w.final() {
 		t.Errorf("got %q, want %q", g, w.final())
 	}
-	return steps
+	return steps, m
 }
 
 // killed kills the broker at a step, and has another process end the write. Of a
 // vault with transitions nobody knows which step is the last one.
-func (w walk) killed(t *testing.T, dir string, step, last int, after bool) {
-	m := w.begin(t, dir)
+func (w walk) killed(before *mortal, step, last int, after bool) *mortal {
+	t, m := before.t, w.begin(before)
+	t.Logf("%s, step %d, after it: %v", m.id, step, after)
 	died := m.killAt(step, after, func() { w.check(m, false) })
 	id := uuid.NewString()
 	err := mortalCalls[w.call](m, id)
 	if err == nil && w.transitions != (keyvaultfake.Transitions{}) {
-		return // fewer steps this time
+		return m // fewer steps this time
 	}
 	select {
 	case <-died:
@@ -284,7 +294,7 @@ func (w walk) killed(t *testing.T, dir string, step, last int, after bool) {
 	if g := m.got(); g != w.final() {
 		t.Errorf("after the same request again: got %q, want %q", g, w.final())
 	}
-	versions, want := len(m.Versions(mortalKey)), 2
+	versions, want := len(m.Versions(m.key())), 2
 	if w.overwrites() {
 		want = 3
 	}
@@ -292,17 +302,18 @@ func (w walk) killed(t *testing.T, dir string, step, last int, after bool) {
 		t.Errorf("got %d versions, want %d:%s", versions, want, lines(m.Journal()))
 	}
 	if w.overwrites() {
-		described := must2(m.api.DescribeSecret(m.ctx, &secretsv1.DescribeSecretRequest{Ref: mortalRef()}))(t)
+		described := must2(m.api.DescribeSecret(m.ctx, &secretsv1.DescribeSecretRequest{Ref: m.ref()}))(t)
 		if g := described.GetMetadata().GetGeneration(); g != 3 {
 			t.Errorf("got generation %d, want 3", g)
 		}
 	}
-	switch state := m.State(mortalKey); {
+	switch state := m.State(m.key()); {
 	case w.call == "delete" && state != keyvaultfake.Deleted && state != keyvaultfake.Deleting,
 		w.call != "delete" && state != keyvaultfake.Live:
 		t.Errorf("got the name %s", state)
 	}
 	w.check(m, true)
+	return m
 }
 
 // TestKeyVaultKilledBetweenAnyTwoRequests kills the broker at each of its requests
@@ -327,41 +338,40 @@ func TestKeyVaultKilledBetweenAnyTwoRequests(t *testing.T) {
 	} {
 		t.Run(w.String(), func(t *testing.T) {
 			t.Parallel()
-			last := w.steps(t, dir)
+			last, m := w.steps(w.first(t, dir))
 			for step := 1; step <= last; step++ {
 				for _, after := range []bool{false, true} {
-					t.Run(fmt.Sprintf("step %d/after %v", step, after), func(t *testing.T) {
-						w.killed(t, dir, step, last, after)
-					})
+					m = w.killed(m, step, last, after)
 				}
 			}
 		})
 	}
 }
 
-// TestKeyVaultKilledInTransition does so in a vault that takes its time. All cases
-// run at once, since they do little but wait.
+// TestKeyVaultKilledInTransition does so in a vault that takes its time. All walks go
+// at once, since they do little but wait.
 func TestKeyVaultKilledInTransition(t *testing.T) {
 	t.Parallel()
 	dir := devFolder(t)
 	const short = 300 * time.Millisecond
-	var cases sync.WaitGroup
+	var walks sync.WaitGroup
 	for _, w := range []walk{
 		{call: "delete", state: "active"}, {call: "recover", state: "deleted"},
 		{call: "put", state: "deleted"}, {call: "put", state: "deleted", fresh: true},
 	} {
 		w.transitions = keyvaultfake.Transitions{Delete: short, Recover: short, RecoverConflict: short}
-		for step := 1; step <= 5; step++ {
-			for _, after := range []bool{false, true} {
-				cases.Go(func() {
-					t.Run(fmt.Sprintf("%s/step %d/after %v", w, step, after), func(t *testing.T) {
-						w.killed(t, dir, step, 0, after)
-					})
+		for _, after := range []bool{false, true} {
+			walks.Go(func() {
+				t.Run(fmt.Sprintf("%s/after %v", w, after), func(t *testing.T) {
+					m := w.first(t, dir)
+					for step := 1; step <= 5; step++ {
+						m = w.killed(m, step, 0, after)
+					}
 				})
-			}
+			})
 		}
 	}
-	cases.Wait()
+	walks.Wait()
 }
 
 // TestKeyVaultCommitsLateAfterAKill: a rotation is sent, the broker dies, another

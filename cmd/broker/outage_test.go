@@ -46,6 +46,9 @@ func remember(t *testing.T, ttl, stale time.Duration) *remembered {
 	return r
 }
 
+// betweenReads is how long who reads again and again lets the broker do something else.
+const betweenReads = 5 * time.Millisecond
+
 // read is a default read, and when it began and ended.
 func (r *remembered) read() (out *secretsv1.GetSecretResponse, began, ended time.Time, err error) {
 	began = time.Now()
@@ -80,7 +83,7 @@ func (r *remembered) notTooOld(out *secretsv1.GetSecretResponse, began time.Time
 // until reads until an answer comes from source.
 func (r *remembered) until(source secretsv1.FreshnessSource) *secretsv1.GetSecretResponse {
 	r.t.Helper()
-	for {
+	for again := time.Tick(betweenReads); ; <-again {
 		out, began, _, err := r.read()
 		if r.ctx.Err() != nil {
 			r.t.Fatalf("no answer %v: got %v, %v", source, out.GetFreshness(), err)
@@ -116,7 +119,7 @@ func TestReadsGoOnInAnOutage(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			r := remember(t, 500*time.Millisecond, 10*time.Second)
+			r := remember(t, 500*time.Millisecond, 6*time.Second)
 			if strings.Contains(r.p.err.String(), staleLine) {
 				t.Error("the log says that answers come from memory before an outage")
 			}
@@ -142,7 +145,7 @@ func TestReadsGoOnInAnOutage(t *testing.T) {
 			if wide.GetFreshness().GetSource() != fromMemory || !wide.GetFreshness().GetAsOf().AsTime().Equal(asOf) {
 				t.Errorf("no older than a minute: got %v, want it from memory", wide.GetFreshness())
 			}
-			for {
+			for again := time.Tick(betweenReads); ; <-again {
 				got, began, ended, err := r.read()
 				if err == nil {
 					if got.GetFreshness().GetSource() != stale || !got.GetFreshness().GetAsOf().AsTime().Equal(asOf) {
@@ -187,7 +190,7 @@ func TestOutageThatEnds(t *testing.T) {
 	r.verify(rememberedToken, secretsv1.VerifyResult_VERIFY_RESULT_NO_MATCH)
 	// What the broker may not have any more is not served, not even in an outage.
 	r.Revoke(r.Broker())
-	for {
+	for again := time.Tick(betweenReads); ; <-again {
 		out, began, _, err := r.read()
 		if err != nil {
 			if reason, _ := told(err); reason != "VAULT_REFUSED" {
@@ -210,7 +213,7 @@ func TestNoStaleAnswers(t *testing.T) {
 	t.Parallel()
 	r := remember(t, 300*time.Millisecond, 0)
 	r.SetDown(true)
-	for {
+	for again := time.Tick(betweenReads); ; <-again {
 		out, began, ended, err := r.read()
 		if err != nil {
 			if reason, _ := told(err); reason != "VAULT_UNAVAILABLE" {

@@ -19,7 +19,7 @@ import (
 func TestRunKeyVault(t *testing.T) {
 	t.Parallel()
 	program := filepath.Join(t.TempDir(), "run-keyvault")
-	if out, err := exec.Command("go", "build", "-o", program, "../../internal/run-keyvault").CombinedOutput(); err != nil {
+	if out, err := exec.Command("go", "build", "-ldflags=-w", "-o", program, "../../internal/run-keyvault").CombinedOutput(); err != nil {
 		t.Fatalf("building it: %v\n%s", err, out)
 	}
 	for name, end := range map[string]struct {
