@@ -27,11 +27,11 @@ func told(err error) (reason, commit string) {
 	return "", ""
 }
 
-// TestKilledInTheMiddleOfWrites kills the process 8 times under concurrent
+// TestKilledInTheMiddleOfWrites kills the process 20 times under concurrent
 // writers, who retry with the same request id, as the contract tells them to.
 func TestKilledInTheMiddleOfWrites(t *testing.T) {
 	t.Parallel()
-	const kills, writers = 8, 8
+	const kills, writers = 20, 8
 	dir, ctx := t.TempDir(), callContext(t)
 	type written struct{ version, value string }
 	var (
