@@ -61,7 +61,7 @@ func (l *Log) writeAll() error {
 		select {
 		case <-l.wake:
 			late.Reset(long)
-			l.board()
+			runtime.Gosched() // whoever is ready to come shares the write
 		case <-l.reopen:
 			late.Reset(long)
 			l.checkPath()
@@ -89,30 +89,6 @@ func (l *Log) writeAll() error {
 				l.log.Warn("the audit log is closed without some outcomes, which the next start finds out", "path", l.cfg.Path, "outcomes", waiting)
 			}
 			return err
-		}
-	}
-}
-
-// board lets those come who are ready to: whom the last batch has just answered may
-// come at once with their next. A write costs more than to look a few times.
-func (l *Log) board() {
-	// As many share a write for next to nothing, and a crowd that never ends is to have
-	// one at last.
-	const crowd, most, longest = 256, 8, time.Millisecond
-	begun := time.Now()
-	for before, same, looks := 0, 0, 0; same < 2 && looks < most; looks++ {
-		runtime.Gosched() // which takes long where very many are ready to run
-		if time.Since(begun) > longest {
-			return
-		}
-		l.mu.Lock()
-		n := len(l.queue)
-		l.mu.Unlock()
-		if n >= crowd {
-			return
-		}
-		if same++; n != before {
-			before, same = n, 0
 		}
 	}
 }
