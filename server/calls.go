@@ -184,6 +184,8 @@ func decideUnary(g *gate) grpc.UnaryServerInterceptor {
 		}
 		defer c.account.calls.Add(-1)
 		if c.write {
+			c.writes.Add(1)
+			defer c.writes.Add(-1)
 			defer g.accounts.holdWrite(c, req)()
 		}
 		defer g.concludePanic(ctx, c)

@@ -16,7 +16,7 @@ var (
 	errShutDown = errors.New("the server is shutting down")
 	errTooMany  = errors.New("too many connections")
 	// errHeldBack is for what was answered when it was thought that the record would follow.
-	errHeldBack = errors.New("the audit log has no record of what is answered here")
+	errHeldBack = errors.New("what is answered here is not known to be recorded")
 )
 
 // connections secures connections and knows all that are open. A gRPC server that
@@ -27,7 +27,7 @@ type connections struct {
 	trust    *Trust
 	accounts *accounts
 	refusals *refusals
-	await    func(mark int64) bool // of the audit log
+	await    func(mark int64, gone <-chan struct{}) bool // of the audit log
 	log      *slog.Logger
 	clock    atomic.Uint32 // counts quarters of the time that a request may take
 
@@ -49,13 +49,14 @@ type guarded struct {
 	// reading is so while somebody waits for what the client sends, and for good after
 	// an error: a Close otherwise is because of what it sent.
 	reading atomic.Bool
-	left    atomic.Bool // the end was announced
+	left    atomic.Bool   // the end was announced
+	gone    chan struct{} // closed once released
 }
 
 // ServerHandshake is in force up to the client's HTTP/2 preface: pending ends with its
 // first frame.
 func (c *connections) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	g := &guarded{raw: raw, all: c}
+	g := &guarded{raw: raw, all: c, gone: make(chan struct{})}
 	if err := c.begin(g); err != nil {
 		return nil, nil, err
 	}
@@ -137,6 +138,7 @@ func (c *connections) release(g *guarded) bool {
 		return false
 	}
 	g.released = true
+	close(g.gone)
 	delete(c.open, g)
 	early := g.pending != nil && !c.ended
 	c.settle(g)
@@ -241,11 +243,14 @@ func (g *guarded) Read(p []byte) (int, error) {
 // written. Calls have waited for theirs where that was in doubt: when it fails all the
 // same there is no way to tell them, but the end of the connection.
 func (g *guarded) Write(p []byte) (int, error) {
-	if owed := g.connection.owed.Load(); !g.all.await(owed) || g.connection.unrecorded.Load() {
-		if !g.left.Swap(true) {
-			g.all.log.Warn("connection closed: what was answered on it could not be recorded", "caller", g.connection.caller.name(), "peer.address", g.connection.address)
+	if owed := g.connection.owed.Load(); !g.all.await(owed, g.gone) || g.connection.unrecorded.Load() {
+		select {
+		case <-g.gone: // nobody is there to miss it
+		default:
+			g.all.log.Warn("connection closed: what was answered on it is not known to be recorded", "caller", g.connection.caller.name(), "peer.address", g.connection.address)
 		}
-		_ = g.raw.Close() // gRPC leaves it to who reads to find out
+		g.left.Store(true) // the end is no fault of the client
+		_ = g.raw.Close()  // gRPC leaves it to who reads to find out
 		return 0, errHeldBack
 	}
 	why, left := g.sent(p)

@@ -37,11 +37,8 @@ func (c *Config) SetPings(interval, timeout time.Duration) {
 }
 
 // SetAwait puts something before the wait of answers for their records.
-func (c *Config) SetAwait(before func(mark int64)) {
-	c.await = func(mark int64) bool {
-		before(mark)
-		return c.Audit.Await(mark)
-	}
+func (c *Config) SetAwait(before func(mark int64, gone <-chan struct{}) bool) {
+	c.await = func(mark int64, gone <-chan struct{}) bool { return before(mark, gone) && c.Audit.Await(mark, gone) }
 }
 
 // Owed is the mark that answers on a connection wait for when its calls have these.

@@ -144,8 +144,9 @@ func (g *gate) write(ctx context.Context, c *call, err error) error {
 		ctx, cancel = context.WithTimeout(ctx, patience)
 		defer cancel()
 	}
-	if err == nil && !c.write {
-		// Its connection holds the answer back until the record is written.
+	if err == nil && !c.write && c.writes.Load() == 0 {
+		// Its connection holds the answer back until the record is written, and all else with
+		// it: no write is to end without a word because the record of a read failed.
 		mark, err := g.audit.Submit(ctx, &r, c.connection)
 		c.owe(mark)
 		return err

@@ -82,7 +82,7 @@ type Config struct {
 	// Zero means the constants; tests have less time and smaller bounds.
 	handshakeTimeout, pingInterval, pingTimeout time.Duration
 	bounds                                      bounds
-	await                                       func(mark int64) bool // nil: Audit's
+	await                                       func(mark int64, gone <-chan struct{}) bool // nil: Audit's
 }
 
 // Server serves the broker's RPCs, grpc.health.v1, and to callers with the

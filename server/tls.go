@@ -18,6 +18,7 @@ type connection struct {
 	serial   string                   // of its certificate, in lower hex
 	standing atomic.Pointer[standing] // as it was last judged
 	watches  atomic.Int32             // under way
+	writes   atomic.Int32             // likewise
 	peer     net.Addr
 	address  string // of peer
 	account  *account

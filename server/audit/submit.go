@@ -2,7 +2,6 @@ package audit
 
 import (
 	"context"
-	"path/filepath"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -10,7 +9,6 @@ import (
 
 const (
 	// lately is how long ago the last write may be for the next to be expected to go well.
-	// Calls that come one by one are so far apart, and lose nothing by waiting.
 	lately = 5 * time.Millisecond
 	// roomEvery is how often it is asked how much room there is, and ample how much there is
 	// to be: more than anybody fills before it is asked again.
@@ -20,15 +18,15 @@ const (
 
 // Holder is who can hold back what a record is of.
 type Holder interface {
-	// Unrecorded says that a record that was submitted on the holder's behalf is not
-	// written, and never will be. It must not block.
+	// Unrecorded says that a record which was submitted for the holder could not be
+	// written. It must not block.
 	Unrecorded()
 }
 
 // Submit is Write that does not wait for a line which is as good as written: when lines
-// are written one after the other to a file with ample room. A mark other than 0 says so.
-// Nothing that the record is of may leave then before Await has returned for that mark,
-// nor after h was told Unrecorded.
+// are written one soon after the other to a file with ample room. A mark other than 0 says
+// so. Nothing that the record is of may leave then before Await has returned true for that
+// mark, nor after h was told Unrecorded.
 func (l *Log) Submit(ctx context.Context, r *Record, h Holder) (mark int64, err error) {
 	if at := l.smooth.Load(); at == 0 || time.Since(l.started)-time.Duration(at) > lately {
 		return 0, l.Write(ctx, r)
@@ -42,20 +40,15 @@ func (l *Log) Submit(ctx context.Context, r *Record, h Holder) (mark int64, err 
 	return b.number, nil
 }
 
-// Await returns when it is known what became of all that was submitted up to a mark, and
-// whoever has to be told was told so. It gives false if that is not known as long after
-// as a write may hang.
-func (l *Log) Await(mark int64) bool {
+// Await returns true when it is known what became of all that was submitted up to a mark,
+// and whoever has to be told was told so. It returns false when that is still unknown as
+// long after as a write may hang, or once gone is closed.
+func (l *Log) Await(mark int64, gone <-chan struct{}) bool {
 	if l.settled.Load() >= mark {
 		return true
 	}
-	l.mu.Lock()
-	b := l.now
-	if b == nil || b.number < mark {
-		b = l.next
-	}
-	l.mu.Unlock()
-	if b == nil { // settled meanwhile
+	b := l.unsettled(mark)
+	if b == nil {
 		return true
 	}
 	<-b.done
@@ -68,18 +61,31 @@ func (l *Log) Await(mark int64) bool {
 	case <-b.long:
 		return true
 	case <-hanging.C:
-		return false
+	case <-gone:
 	}
+	return false
 }
 
-// judge is for the end of every write: whether the next is to be expected to go well too.
-func (l *Log) judge(err error) {
+// unsettled is the batch of that number; nil when all is known of it.
+func (l *Log) unsettled(number int64) *batch {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, b := range []*batch{l.now, l.next} {
+		if b != nil && b.number == number {
+			return b
+		}
+	}
+	return nil
+}
+
+// foresee is for the end of every write: whether the next is to be expected to go well too.
+func (l *Log) foresee(err error) {
 	if err != nil || !l.onFile() {
 		l.smooth.Store(0)
 		return
 	}
 	now := time.Since(l.started)
-	if l.looked == 0 || now-l.looked > roomEvery {
+	if now-l.looked > roomEvery {
 		free, err := l.cfg.free()
 		l.looked, l.roomy = now, err == nil && free >= ample && mayGrowTo(l.size+ample)
 	}
@@ -92,7 +98,7 @@ func (l *Log) judge(err error) {
 // free is how many bytes are left on the file system of the log.
 func (l *Log) free() (uint64, error) {
 	var fs unix.Statfs_t
-	err := unix.Statfs(filepath.Dir(l.cfg.Path), &fs)
+	err := unix.Statfs(l.cfg.Path, &fs) // of the file, which may be a mount of its own
 	return fs.Bavail * uint64(fs.Bsize), err
 }
 

@@ -1,6 +1,7 @@
 package audit_test
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -12,6 +13,9 @@ import (
 
 	"github.com/exto/secrets-broker/server/audit"
 )
+
+// ample is how much room there is to be for lines that are not waited for.
+const ample = 64 << 20
 
 // holder counts what it was told.
 type holder struct{ unrecorded atomic.Int32 }
@@ -85,7 +89,7 @@ func TestSubmit(t *testing.T) {
 	mark := l.submit(t, h)
 	before := strings.Count(read(t, l.path), `"submitted"`)
 	awaited := make(chan bool)
-	go func() { awaited <- l.Await(mark) }()
+	go func() { awaited <- l.Await(mark, nil) }()
 	l.closed.Store(false)
 	l.gate <- struct{}{} // it was waiting there, so that the line is not in the file yet
 	if !<-awaited || h.unrecorded.Load() != 0 {
@@ -94,7 +98,7 @@ func TestSubmit(t *testing.T) {
 	if n := strings.Count(read(t, l.path), `"submitted"`); n != before+1 {
 		t.Errorf("got %d lines once Await has returned, want the one more", n-before)
 	}
-	if !l.Await(mark) {
+	if !l.Await(mark, nil) {
 		t.Error("what was written has to be waited for again")
 	}
 	shut(t, l.Log)
@@ -116,7 +120,7 @@ func TestSubmitThatFails(t *testing.T) {
 	}))
 	full.Store(true)
 	h := &holder{}
-	if !l.Await(submit(t, l, h)) || h.unrecorded.Load() != 1 {
+	if !l.Await(submit(t, l, h), nil) || h.unrecorded.Load() != 1 {
 		t.Errorf("told %d times that it is unrecorded, want once", h.unrecorded.Load())
 	}
 	if mark, err := l.Submit(callContext(t), call("submitted"), h); mark != 0 || !errors.Is(err, audit.ErrUnavailable) || h.unrecorded.Load() != 1 {
@@ -135,7 +139,7 @@ func TestSubmitWaits(t *testing.T) {
 	for name, cfg := range map[string]audit.Config{
 		"a stream":           {Path: "-", Out: &lines{}},
 		"little room":        audit.Config{Path: filepath.Join(dir, "little")}.Free(func() (uint64, error) { return 64<<20 - 1, nil }),
-		"who knows how much": audit.Config{Path: filepath.Join(dir, "unknown")}.Free(func() (uint64, error) { return 1 << 40, syscall.EIO }),
+		"who knows how much": audit.Config{Path: filepath.Join(dir, "unknown")}.Free(func() (uint64, error) { return ample, syscall.EIO }),
 	} {
 		l := open(t, cfg)
 		for range 20 {
@@ -151,13 +155,71 @@ func TestSubmitWaits(t *testing.T) {
 	}
 }
 
-// TestAwaitOfAHangingWrite ends without knowing.
+// TestAwaitOfAHangingWrite ends without knowing, and at once when nobody is there any more.
 func TestAwaitOfAHangingWrite(t *testing.T) {
 	t.Parallel()
 	l := openStopping(t, 50*time.Millisecond)
-	if l.Await(l.submit(t, &holder{})) {
+	if l.Await(l.submit(t, &holder{}), nil) {
 		t.Error("got that all is known, want that the write hangs")
 	}
 	l.closed.Store(false)
 	l.gate <- struct{}{}
+	patient := openStopping(t, time.Hour)
+	gone := make(chan struct{})
+	close(gone)
+	if patient.Await(patient.submit(t, &holder{}), gone) {
+		t.Error("got that all is known, want that nobody waits")
+	}
+	patient.closed.Store(false)
+	patient.gate <- struct{}{}
+}
+
+// TestSubmitBesideAHangingWrite is a Write, as soon as that write takes long.
+func TestSubmitBesideAHangingWrite(t *testing.T) {
+	t.Parallel()
+	l := openStopping(t, time.Hour)
+	l.submit(t, &holder{})
+	for {
+		ctx, cancel := context.WithTimeout(callContext(t), 20*time.Millisecond)
+		_, err := l.Submit(ctx, call("beside"), &holder{})
+		cancel()
+		if errors.Is(err, context.DeadlineExceeded) {
+			break
+		}
+		ok(t, err) // also when too many wait
+	}
+	l.closed.Store(false)
+	l.gate <- struct{}{}
+}
+
+// TestHangingFileSystem: a write that went well, beside a question for what is free that
+// does not, is a log that hangs.
+func TestHangingFileSystem(t *testing.T) {
+	t.Parallel()
+	at, gate := make(chan struct{}), make(chan struct{})
+	var hang atomic.Bool
+	l := open(t, audit.Config{Path: filepath.Join(t.TempDir(), "audit.log")}.Hangs(10*time.Millisecond).Free(func() (uint64, error) {
+		if hang.CompareAndSwap(true, false) {
+			at <- struct{}{}
+			<-gate
+		}
+		return ample, nil
+	}))
+	hang.Store(true)
+	written := make(chan error, 1)
+	go func() {
+		var err error
+		for err == nil && hang.Load() { // it is not asked each time
+			err = l.Write(callContext(t), call("before"))
+		}
+		written <- err
+	}()
+	<-at
+	for again := time.NewTicker(time.Millisecond); l.Check() == nil; <-again.C {
+		if t.Context().Err() != nil {
+			t.Fatal("the log has no trouble")
+		}
+	}
+	close(gate)
+	ok(t, <-written)
 }

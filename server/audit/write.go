@@ -105,8 +105,8 @@ func (l *Log) flush() error {
 	if err == nil {
 		wrote, piece, err = l.writeBatch()
 	}
+	l.foresee(err)
 	l.writeFrom.Store(0)
-	l.judge(err)
 	if err != nil {
 		l.metrics.failures.Inc()
 		l.writes.fall(err)
@@ -262,6 +262,7 @@ func (l *Log) answer(wrote int, err error, piece *entry) *entry {
 				syncs = true
 			}
 			if e.holder != nil {
+				e.holder = nil
 				l.pool.Put(e)
 			}
 			continue
