@@ -215,8 +215,10 @@ func TestHangingFileSystem(t *testing.T) {
 		written <- err
 	}()
 	<-at
-	for again := time.NewTicker(time.Millisecond); l.Check() == nil; <-again.C {
-		if t.Context().Err() != nil {
+	ctx := callContext(t)
+	for again := time.Tick(time.Millisecond); l.Check() == nil; <-again {
+		if ctx.Err() != nil {
+			close(gate)
 			t.Fatal("the log has no trouble")
 		}
 	}
