@@ -77,8 +77,9 @@ func startPostgres(ctx context.Context, s *supervisor, dir string) (*database, e
 	if _, _, err := s.start(ctx, program{
 		name: "postgres",
 		path: filepath.Join(bin, "postgres"),
-		// Nothing here need outlive the machine.
-		args:  []string{"-D", data, "-p", port, "-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=", "-c", "fsync=off"},
+		// Nothing here need outlive the machine; killed, it leaves nothing outside its folder.
+		args: []string{"-D", data, "-p", port, "-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=", "-c", "fsync=off",
+			"-c", "dynamic_shared_memory_type=mmap"},
 		dir:   dir,
 		env:   []string{"LC_ALL=C"},
 		user:  who,
