@@ -55,8 +55,8 @@ const (
 
 // streamWorkers is how many goroutines are kept for calls, so that their stacks are
 // grown once and not for each call; more calls than that get goroutines of their own.
-// They take turns, so that more of them come back to colder caches: 256 cost less where
-// as many calls are under way, and more where there are fewer.
+// They take turns even when there is little to do, so that more of them than are of use
+// would cost.
 const streamWorkers = 64
 
 // Config is what a Server stands on. All fields are required but Now.

@@ -73,8 +73,8 @@ func load() int {
 	return 0
 }
 
-// TestKills: 20 kills, or 6 under the race detector, while there is load leave a chain that holds, with all that was
-// acknowledged, and each start finds the intents without outcome.
+// TestKills: 20 kills under load, or 6 with the race detector, leave a chain that holds,
+// with all that was acknowledged, and each start finds the intents without outcome.
 func TestKills(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "audit.log")
