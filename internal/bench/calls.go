@@ -35,7 +35,7 @@ type floodResult struct {
 // callTargets are the servers that calls are measured on.
 type callTargets struct {
 	floor, embedded, keyVault *target
-	unrecorded                *target // as embedded
+	recorded, unrecorded      *target // like embedded, but nobody puts
 	stop                      func()
 }
 
@@ -69,11 +69,15 @@ func (b *bench) startTargets(ctx context.Context) (t callTargets, err error) {
 		return t, err
 	}
 	running = append(running, t.keyVault.child)
+	if t.recorded, err = startBroker(ctx, b.broker, b.dir, embeddedStore(filepath.Join(b.dir, "recorded"))...); err != nil {
+		return t, err
+	}
+	running = append(running, t.recorded.child)
 	if t.unrecorded, err = startBroker(ctx, b.unrecorded, b.dir, embeddedStore(filepath.Join(b.dir, "unrecorded"))...); err != nil {
 		return t, err
 	}
 	running = append(running, t.unrecorded.child)
-	for _, filled := range []*target{t.embedded, t.keyVault, t.unrecorded} {
+	for _, filled := range []*target{t.embedded, t.keyVault, t.recorded, t.unrecorded} {
 		if err := filled.fill(ctx, instances); err != nil {
 			return t, err
 		}
@@ -127,6 +131,7 @@ func (b *bench) warmUp(ctx context.Context, t callTargets) error {
 	for _, s := range []step{
 		{on: t.floor, call: cachedGet}, {on: t.floor, call: verifyToken},
 		{on: t.embedded, call: cachedGet}, {on: t.embedded, call: verifyToken}, {on: t.embedded, call: put},
+		{on: t.recorded, call: cachedGet}, {on: t.recorded, call: verifyToken},
 		{on: t.unrecorded, call: cachedGet}, {on: t.unrecorded, call: verifyToken},
 		{on: t.keyVault, call: coldGet},
 	} {
@@ -210,14 +215,14 @@ func (b *bench) measureRound(ctx context.Context, t callTargets, round, callers 
 // auditedCalls are those that are measured with and without a record.
 var auditedCalls = []call{cachedGet, verifyToken}
 
-// measureAudit measures what the record of a call costs: the broker as it is, beside one
-// that differs in nothing else.
+// measureAudit measures what the record of a call costs: a broker as it is, beside one
+// that differs in nothing else, nor in what it was asked before.
 func (b *bench) measureAudit(ctx context.Context, t callTargets) (map[call][]pair, error) {
 	rounds := map[call][]pair{}
 	for round := range b.rounds {
 		b.say("calls with and without their records: round %d of %d", round+1, b.rounds)
 		for _, c := range auditedCalls {
-			with, without := &step{on: t.embedded, call: c}, &step{on: t.unrecorded, call: c}
+			with, without := &step{on: t.recorded, call: c}, &step{on: t.unrecorded, call: c}
 			order := []*step{with, without}
 			if round%2 == 1 {
 				slices.Reverse(order)

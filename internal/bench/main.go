@@ -44,6 +44,7 @@ func main() {
 func runChild(ctx context.Context, command string, arguments []string) error {
 	switch {
 	case command == "load" && len(arguments) == 0:
+		runtime.GOMAXPROCS(1) // one thread is enough, and leaves the servers theirs
 		return runLoad(ctx, os.Stdin, os.Stdout)
 	case command == "floor" && len(arguments) == 1:
 		return runFloor(ctx, arguments[0])
@@ -57,7 +58,7 @@ func runChild(ctx context.Context, command string, arguments []string) error {
 type bench struct {
 	plan
 	broker string // the program
-	// unrecorded is the same without the lines of the audit log.
+	// unrecorded is the same but for the lines of calls that change nothing.
 	unrecorded string
 	dir        string // of certificates and stores
 	progress   io.Writer
@@ -152,10 +153,11 @@ func (b *bench) measureServers(ctx context.Context) (calls []callResult, audit m
 	if err := b.warmUp(ctx, targets); err != nil {
 		return nil, nil, flood, err
 	}
-	if calls, err = b.measureCalls(ctx, targets); err != nil {
+	// First, while the disk has nothing left to do of what was put.
+	if audit, err = b.measureAudit(ctx, targets); err != nil {
 		return nil, nil, flood, err
 	}
-	if audit, err = b.measureAudit(ctx, targets); err != nil {
+	if calls, err = b.measureCalls(ctx, targets); err != nil {
 		return nil, nil, flood, err
 	}
 	flood, err = b.measureFlood(ctx, targets)

@@ -69,6 +69,12 @@ func startChild(ctx context.Context, name string, env []string, program string, 
 	return c, nil
 }
 
+// startServer is startChild at a lower priority. A load stands for machines elsewhere: it
+// is to have a core when it needs one, and not wait for the server whose answers it times.
+func startServer(ctx context.Context, name string, env []string, program string, arguments ...string) (*child, error) {
+	return startChild(ctx, name, env, "nice", append([]string{program}, arguments...)...)
+}
+
 // startSelf runs this program's command of that name.
 func startSelf(ctx context.Context, command string, arguments ...string) (*child, error) {
 	program, err := os.Executable()

@@ -36,8 +36,12 @@ func listen(c *child, dir string, begun time.Time) (*target, error) {
 
 // startFloor runs the empty server.
 func startFloor(ctx context.Context, dir string) (*target, error) {
+	program, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
 	begun := time.Now()
-	c, err := startSelf(ctx, "floor", dir)
+	c, err := startServer(ctx, "bench floor", nil, program, "floor", dir)
 	if err != nil {
 		return nil, err
 	}
@@ -65,7 +69,7 @@ func startBroker(ctx context.Context, program, dir string, env ...string) (*targ
 		"BROKER_METRICS_ADDRESS=127.0.0.1:0",
 	)
 	begun := time.Now()
-	c, err := startChild(ctx, "broker serve", env, program, "serve")
+	c, err := startServer(ctx, "broker serve", env, program, "serve")
 	if err != nil {
 		return nil, err
 	}
