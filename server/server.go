@@ -55,9 +55,7 @@ const (
 
 // streamWorkers is how many goroutines are kept for calls, so that their stacks are
 // grown once and not for each call; more calls than that get goroutines of their own.
-// They take turns even when there is little to do, so that more of them than are of use
-// would cost.
-const streamWorkers = 64
+const streamWorkers = 256
 
 // Config is what a Server stands on. All fields are required but Now.
 type Config struct {
