@@ -84,6 +84,6 @@ step 'the examples compile for darwin/arm64, tests too'
 # Without the tests of the program and of the examples: they look at processes, which are
 # built without the detector, and all that runs in the broker is looked at here.
 step 'tests with the race detector'
-# The server's take as long as all others, which run beside them: three packages at a time,
-# since tests wait half of their time.
+# The server's take longest and begin first; three packages at a time, since tests wait as
+# well as compute.
 go test -p 3 -race ./server $(go list ./... | grep -v -e '/cmd/broker$' -e '/server$')

@@ -138,7 +138,7 @@ func TestSubmitWaits(t *testing.T) {
 	h, dir := &holder{}, t.TempDir()
 	for name, cfg := range map[string]audit.Config{
 		"a stream":           {Path: "-", Out: &lines{}},
-		"little room":        audit.Config{Path: filepath.Join(dir, "little")}.Free(func() (uint64, error) { return 64<<20 - 1, nil }),
+		"little room":        audit.Config{Path: filepath.Join(dir, "little")}.Free(func() (uint64, error) { return ample - 1, nil }),
 		"who knows how much": audit.Config{Path: filepath.Join(dir, "unknown")}.Free(func() (uint64, error) { return ample, syscall.EIO }),
 	} {
 		l := open(t, cfg)
