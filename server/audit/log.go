@@ -15,6 +15,8 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/exto/secrets-broker/internal/fsync"
 )
 
 // ErrUnavailable is every error of a Log at work: the record may not be there, so
@@ -159,7 +161,7 @@ func Open(cfg Config) (*Log, error) {
 		l.cfg.free = l.free
 	}
 	if l.cfg.wrap == nil {
-		l.cfg.wrap = func(f *os.File) file { return f }
+		l.cfg.wrap = func(f *os.File) file { return fsync.Wrap(f) }
 	}
 	l.writes = outage{log: l.log, path: cfg.Path, down: "the audit log cannot be written", up: "the audit log is written again"}
 	l.syncs = outage{log: l.log, path: cfg.Path, down: "the audit log cannot be made durable", up: "the audit log is durable again"}

@@ -1,0 +1,5 @@
+//go:build !linux
+
+package fsync
+
+func newQueue() queue { return nil }
