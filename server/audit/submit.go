@@ -85,7 +85,7 @@ func (l *Log) foresee(err error) {
 		return
 	}
 	now := time.Since(l.started)
-	if now-l.looked > roomEvery {
+	if !l.roomy || now-l.looked > lately {
 		free, err := l.cfg.free()
 		l.looked, l.roomy = now, err == nil && free >= ample && mayGrowTo(l.size+ample)
 	}
