@@ -22,9 +22,8 @@ type File struct {
 
 // queue has the kernel sync.
 type queue interface {
-	// sync gives what fsync(2) would have. When it is not ok, nothing is known, and the
-	// queue is of no more use for the file.
-	sync(fd uintptr) (err error, ok bool)
+	// sync gives what fsync(2) would have. It has not begun when that is an error.
+	sync(fd uintptr) (result, begun error)
 	// close waits for what is under way.
 	close()
 }
@@ -38,14 +37,15 @@ func (f *File) Sync() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.queue != nil {
-		err, ok := f.queue.sync(f.Fd())
-		if ok && err == nil {
+		result, begun := f.queue.sync(f.Fd())
+		if begun == nil && result == nil {
 			return nil
 		}
-		if ok {
-			return &fs.PathError{Op: "sync", Path: f.Name(), Err: err}
-		}
 		f.drop()
+		if begun == nil {
+			// Not once more: the kernel tells of a lost write once, and is done.
+			return &fs.PathError{Op: "sync", Path: f.Name(), Err: result}
+		}
 	}
 	return f.File.Sync()
 }
@@ -58,9 +58,10 @@ func (f *File) Close() error {
 	return f.File.Close()
 }
 
+// drop does not wait for the kernel, which takes its time to take a queue down.
 func (f *File) drop() {
 	if f.queue != nil {
-		f.queue.close()
+		go f.queue.close()
 		f.queue = nil
 	}
 }

@@ -2,15 +2,19 @@ package fsync
 
 import (
 	"errors"
+	"io/fs"
 	"os"
+	"runtime"
+	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
 
 // TestSync: what was written is on disk after a Sync, whether the kernel has
-// asynchronous I/O or loses it; many may sync at once; and errors are those of *os.File.
+// asynchronous I/O or loses it, and many may sync at once.
 func TestSync(t *testing.T) {
 	t.Parallel()
 	for name, prepare := range map[string]func(*File){
@@ -19,9 +23,7 @@ func TestSync(t *testing.T) {
 			d.queue.close()
 			d.queue = nil
 		},
-		"refused later": func(d *File) {
-			_, _, _ = unix.Syscall(unix.SYS_IO_DESTROY, d.queue.(*ring).context, 0, 0)
-		},
+		"refused later": func(d *File) { d.queue.close() },
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -69,6 +71,90 @@ func TestSync(t *testing.T) {
 			}
 		})
 	}
+}
+
+// faulty is a queue with an answer of its own.
+type faulty struct {
+	result, begun error
+	closed        chan struct{}
+}
+
+func (q *faulty) sync(uintptr) (result, begun error) { return q.result, q.begun }
+func (q *faulty) close()                             { close(q.closed) }
+
+// TestSyncThatFails is an error, and not tried again: the kernel would say that all is
+// well the second time. Only what has not begun is done in another way.
+func TestSyncThatFails(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct{ result, begun, want error }{
+		{result: unix.EIO, want: unix.EIO},
+		{begun: unix.EPERM},
+	} {
+		f := mustCreate(t)
+		q := &faulty{result: c.result, begun: c.begun, closed: make(chan struct{})}
+		d := &File{File: f, queue: q}
+		err := d.Sync()
+		told := (*fs.PathError)(nil)
+		if !errors.Is(err, c.want) || err != nil && (!errors.As(err, &told) || told.Path != f.Name()) {
+			t.Errorf("got %v, want %v and the file's name", err, c.want)
+		}
+		<-q.closed
+		if err := errors.Join(d.Sync(), d.Close()); err != nil {
+			t.Errorf("afterwards: %v", err)
+		}
+	}
+	for result, want := range map[int64]error{0: nil, -int64(unix.ENOSPC): unix.ENOSPC} {
+		if err := (&reply{result: result}).err(); err != want {
+			t.Errorf("%d is %v, want %v", result, err, want)
+		}
+	}
+}
+
+// TestCloseGivesBack what the kernel keeps for a file. It runs before the parallel ones.
+func TestCloseGivesBack(t *testing.T) {
+	kept := func() (n int) {
+		maps, err := os.ReadFile("/proc/self/maps")
+		if err != nil {
+			t.Fatal(err)
+		}
+		all, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.Count(string(maps), "[aio]") + len(all)
+	}
+	const files = 20
+	if err := Wrap(mustCreate(t)).Close(); err != nil { // what the runtime opens for itself
+		t.Fatal(err)
+	}
+	before := kept()
+	var opened []*File
+	for range files {
+		opened = append(opened, Wrap(mustCreate(t)))
+	}
+	if n := kept(); n < before+2*files {
+		t.Fatalf("%d more are kept for %d files: this shows nothing", n-before, files)
+	}
+	for _, f := range opened {
+		if err := f.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for end := time.Now().Add(10 * time.Second); kept() > before; runtime.Gosched() {
+		if time.Now().After(end) {
+			t.Fatalf("%d more are kept after all files were closed", kept()-before)
+		}
+	}
+	runtime.KeepAlive(opened)
+}
+
+func mustCreate(t *testing.T) *os.File {
+	t.Helper()
+	f, err := os.CreateTemp(t.TempDir(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return f
 }
 
 // dirty is how many pages of a file are not on disk yet.

@@ -53,26 +53,35 @@ func newQueue() queue {
 	return r
 }
 
-func (r *ring) sync(fd uintptr) (err error, ok bool) {
+func (r *ring) sync(fd uintptr) (result, begun error) {
 	list := [1]*request{{opcode: opFsync, fd: uint32(fd), flags: tellEvent, event: r.eventFD}}
 	if _, _, errno := unix.Syscall(unix.SYS_IO_SUBMIT, r.context, 1, uintptr(unsafe.Pointer(&list))); errno != 0 {
-		return nil, false
+		return nil, errno
 	}
 	var told [8]byte
 	if _, err := r.event.Read(told[:]); err != nil {
-		return nil, false
+		return err, nil
 	}
 	var got reply
-	if n, _, _ := unix.Syscall6(unix.SYS_IO_GETEVENTS, r.context, 1, 1, uintptr(unsafe.Pointer(&got)), 0, 0); n != 1 {
-		return nil, false
+	switch n, _, errno := unix.Syscall6(unix.SYS_IO_GETEVENTS, r.context, 1, 1, uintptr(unsafe.Pointer(&got)), 0, 0); {
+	case errno != 0:
+		return errno, nil
+	case n != 1:
+		return unix.EIO, nil // there was to be one
 	}
-	if got.result < 0 {
-		return unix.Errno(-got.result), true
+	return got.err(), nil
+}
+
+// err is the error number, negative, as the kernel's functions give it.
+func (r *reply) err() error {
+	if r.result < 0 {
+		return unix.Errno(-r.result)
 	}
-	return nil, true
+	return nil
 }
 
 func (r *ring) close() {
 	_, _, _ = unix.Syscall(unix.SYS_IO_DESTROY, r.context, 0, 0)
+	r.context = 0 // the kernel may give another ring the same
 	_ = r.event.Close()
 }

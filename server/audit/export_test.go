@@ -25,3 +25,10 @@ func (c Config) Free(free func() (uint64, error)) Config {
 	c.free = free
 	return c
 }
+
+// InUse is the present file.
+func (l *Log) InUse() File {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.file
+}

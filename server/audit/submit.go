@@ -8,12 +8,11 @@ import (
 )
 
 const (
-	// lately is how long ago the last write may be for the next to be expected to go well.
+	// lately is how long ago the last write may be for the next to be expected to go well,
+	// and the last look at how much room there is.
 	lately = 5 * time.Millisecond
-	// roomEvery is how often it is asked how much room there is, and ample how much there is
-	// to be: more than anybody fills before it is asked again.
-	roomEvery = time.Millisecond
-	ample     = 64 << 20
+	// ample is how much room there is to be: more than disks take until the next look.
+	ample = 64 << 20
 )
 
 // Holder is who can hold back what a record is of.

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/exto/secrets-broker/internal/fsync"
 	"github.com/exto/secrets-broker/server/audit"
 )
 
@@ -153,6 +154,31 @@ func TestSubmitWaits(t *testing.T) {
 			t.Errorf("%s: not all is there", name)
 		}
 	}
+}
+
+// TestSubmitUntilRoomIsLittle: that there was ample room is not believed for ever.
+func TestSubmitUntilRoomIsLittle(t *testing.T) {
+	t.Parallel()
+	var used atomic.Int64
+	l := open(t, audit.Config{Path: filepath.Join(t.TempDir(), "audit.log")}.Free(func() (uint64, error) { return uint64(ample - used.Load()), nil }))
+	h, ctx := &holder{}, callContext(t)
+	for _, c := range []struct {
+		used    int64
+		submits bool
+	}{{0, true}, {1, false}, {0, true}} {
+		used.Store(c.used)
+		for submits := !c.submits; submits != c.submits; {
+			mark, err := l.Submit(ctx, call("submitted"), h)
+			ok(t, err)
+			if submits = mark != 0; submits {
+				l.Await(mark, nil)
+			}
+		}
+	}
+	if _, is := l.InUse().(*fsync.File); !is {
+		t.Errorf("the log syncs %T by itself", l.InUse())
+	}
+	shut(t, l)
 }
 
 // TestAwaitOfAHangingWrite ends without knowing, and at once when nobody is there any more.
