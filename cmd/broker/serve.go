@@ -118,9 +118,9 @@ func (c serveCommand) check() error {
 		return errors.New("AZURE_KEY_VAULT_URL (--azure-key-vault-url) is not set: set it to the vault's URL, such as https://NAME.vault.azure.net/")
 	case !slices.Contains([]string{"", "noop", "embedded", "azure-keyvault"}, c.SecretStoreProvider):
 		return errors.New("SECRET_STORE_PROVIDER (--secret-store-provider) is not one of the stores: set it to azure-keyvault, embedded or noop")
-	case c.SecretStoreProvider == "azure-keyvault" && !(c.VaultReadsPerSecond >= 1 && c.VaultReadsPerSecond <= 4000):
+	case !(c.VaultReadsPerSecond >= 1 && c.VaultReadsPerSecond <= 4000):
 		return errors.New("BROKER_VAULT_READS_PER_SECOND (--vault-reads-per-second) is out of range: set it to 1 to 4000; the default is 320")
-	case c.SecretStoreProvider == "azure-keyvault" && !(c.VaultWritesPerSecond >= 1 && c.VaultWritesPerSecond <= 4000):
+	case !(c.VaultWritesPerSecond >= 1 && c.VaultWritesPerSecond <= 4000):
 		return errors.New("BROKER_VAULT_WRITES_PER_SECOND (--vault-writes-per-second) is out of range: set it to 1 to 4000; the default is 24")
 	case !(c.CallerRequestsPerSecond >= 0 && c.CallerRequestsPerSecond <= maxCallerRequests):
 		return fmt.Errorf("BROKER_CALLER_REQUESTS_PER_SECOND (--caller-requests-per-second) is out of range: set it to a number up to %d, or to 0 for no limit", int(maxCallerRequests))

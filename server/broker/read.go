@@ -215,9 +215,9 @@ func (b *Broker) ask(ctx context.Context, n need) (answer, error) {
 			b.tellStale(err)
 			return answer{e, o, StaleOnError}, nil
 		}
-		if e != nil && e.State == Active && (!n.own || e.Generation < n.least) {
+		if !n.own || e != nil && e.State == Active && e.Generation < n.least {
 			told := vaultError(ctx, n.key, err)
-			refusal := refuse(n.key, secret.StalenessUnsatisfiable, "the vault cannot be reached, and what the broker remembers is older than this call allows; try again, or allow more")
+			refusal := refuse(n.key, secret.StalenessUnsatisfiable, "the vault cannot be reached, and the broker remembers nothing that is as young as this call allows; try again, or allow more")
 			refusal.cause, refusal.RetryAfter = err, told.RetryAfter
 			return answer{}, refusal
 		}
