@@ -92,6 +92,20 @@ func testOutage(t *testing.T, start func(*testing.T) *system) {
 	}
 }
 
+// TestBoundOfWhatWasNeverRead: what a caller that sets a bound is told of an outage does
+// not depend on what memory holds.
+func TestBoundOfWhatWasNeverRead(t *testing.T) {
+	t.Parallel()
+	for outage, reason := range map[error]secret.Reason{vault.ErrUnavailable: secret.VaultUnavailable, vault.ErrThrottled: secret.VaultThrottled} {
+		x := startSystem(t).in(t, "demo", "absent")
+		x.out(outage)
+		for max, want := range map[time.Duration]secret.Reason{byDefault: reason, 0: secret.StalenessUnsatisfiable, time.Hour: secret.StalenessUnsatisfiable} {
+			_, err := x.getWithin(max, "")
+			wantReason(t, err, want, "")
+		}
+	}
+}
+
 // TestDeletionBeatsEveryAllowance, and so does one of which nobody knows yet whether
 // it happened.
 func TestDeletionBeatsEveryAllowance(t *testing.T) {

@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"github.com/exto/secrets-broker/internal/devdir"
-	"github.com/exto/secrets-broker/server/vault/keyvault"
 )
 
 const devDir = devdir.Name
@@ -28,17 +27,15 @@ func (c devCommand) Run(ctx context.Context, s streams) error {
 	}
 	in := func(name string) string { return filepath.Join(devDir, name) }
 	serve := serveCommand{
-		SecretStoreProvider:  "embedded",
-		VaultReadsPerSecond:  keyvault.DefaultReadsPerSecond, // of no use here; but 0 is a bad value
-		VaultWritesPerSecond: keyvault.DefaultWritesPerSecond,
-		ListenAddress:        c.ListenAddress,
-		TLSCertFile:          in("server.pem"),
-		TLSKeyFile:           in("server-key.pem"),
-		TLSClientCAFile:      in("ca.pem"),
-		PolicyFile:           in("policy.yaml"),
-		AuditFile:            in("audit.log"),
-		DataDir:              devDir,
-		serverSettings:       c.serverSettings,
+		SecretStoreProvider: "embedded",
+		ListenAddress:       c.ListenAddress,
+		TLSCertFile:         in("server.pem"),
+		TLSKeyFile:          in("server-key.pem"),
+		TLSClientCAFile:     in("ca.pem"),
+		PolicyFile:          in("policy.yaml"),
+		AuditFile:           in("audit.log"),
+		DataDir:             devDir,
+		serverSettings:      c.serverSettings,
 	}
 	log, err := c.logger(s.err)
 	if err != nil {

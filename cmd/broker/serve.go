@@ -41,10 +41,6 @@ type serveCommand struct {
 	PolicyFile          string `name:"policy-file" env:"BROKER_POLICY_FILE" placeholder:"FILE" help:"YAML file that says who may call what. Required."`
 	DataDir             string `name:"data-dir" env:"BROKER_DATA_DIR" placeholder:"DIR" help:"Folder of the embedded store. Required by it."`
 	EmbeddedKeyFile     string `name:"embedded-key-file" env:"BROKER_EMBEDDED_KEY_FILE" placeholder:"FILE" help:"Key of the embedded store, made on first start; store.key in its folder by default."`
-
-	VaultReadsPerSecond  float64 `name:"vault-reads-per-second" env:"BROKER_VAULT_READS_PER_SECOND" default:"320" help:"Requests a second that may read from Azure Key Vault."`
-	VaultWritesPerSecond float64 `name:"vault-writes-per-second" env:"BROKER_VAULT_WRITES_PER_SECOND" default:"24" help:"Requests a second that may change something there."`
-
 	serverSettings
 }
 
@@ -52,6 +48,8 @@ type serveCommand struct {
 type serverSettings struct {
 	MetricsAddress          string        `name:"metrics-address" env:"BROKER_METRICS_ADDRESS" default:"127.0.0.1:9464" help:"Address of /metrics, /healthz and /readyz."`
 	EmbeddedRetention       time.Duration `name:"embedded-retention" env:"BROKER_EMBEDDED_RETENTION" default:"2160h" help:"How long the embedded store keeps what was deleted."`
+	VaultReadsPerSecond     float64       `name:"vault-reads-per-second" env:"BROKER_VAULT_READS_PER_SECOND" default:"320" help:"Requests a second that may read from Azure Key Vault."`
+	VaultWritesPerSecond    float64       `name:"vault-writes-per-second" env:"BROKER_VAULT_WRITES_PER_SECOND" default:"24" help:"Requests a second that may change something there."`
 	CacheTTL                time.Duration `name:"cache-ttl" env:"BROKER_CACHE_TTL" default:"30s" help:"How old an answer may be when the caller names no bound."`
 	StaleOnError            time.Duration `name:"stale-on-error" env:"BROKER_STALE_ON_ERROR" default:"15m" help:"How old it may be when moreover the vault cannot be reached; 0: no older."`
 	CallerRequestsPerSecond float64       `name:"caller-requests-per-second" env:"BROKER_CALLER_REQUESTS_PER_SECOND" default:"0" help:"Requests a second that each caller may make; 0: any number."`

@@ -1,8 +1,7 @@
 // Package fsync syncs files without keeping the rest of the process from running.
 //
 // A thread in fsync(2) keeps one of the GOMAXPROCS shares until the runtime takes it
-// away, which on a busy machine is long after most calls would have been answered; with
-// two cores and two files being synced nothing else runs meanwhile. Where the kernel can
+// away; with two cores and two files being synced nothing else runs until then. Where the kernel can
 // sync by itself, this package has it do so, and a goroutine waits for that as it
 // does for a connection.
 package fsync
@@ -22,8 +21,8 @@ type File struct {
 
 // queue has the kernel sync.
 type queue interface {
-	// sync gives what fsync(2) would have. It has not begun when that is an error.
-	sync(fd uintptr) (result, begun error)
+	// sync gives what fsync(2) would have. When it did not begin, the error says why.
+	sync(fd uintptr) (began bool, err error)
 	// close waits for what is under way.
 	close()
 }
@@ -37,14 +36,14 @@ func (f *File) Sync() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.queue != nil {
-		result, begun := f.queue.sync(f.Fd())
-		if begun == nil && result == nil {
+		began, err := f.queue.sync(f.Fd())
+		if began && err == nil {
 			return nil
 		}
 		f.drop()
-		if begun == nil {
+		if began {
 			// Not once more: the kernel tells of a lost write once, and is done.
-			return &fs.PathError{Op: "sync", Path: f.Name(), Err: result}
+			return &fs.PathError{Op: "sync", Path: f.Name(), Err: err}
 		}
 	}
 	return f.File.Sync()

@@ -13,7 +13,7 @@ import (
 type ring struct {
 	context uintptr
 	event   *os.File
-	eventFD uint32
+	eventFD uint32 // event's Fd would have its reads block a thread
 }
 
 // request is struct iocb.
@@ -53,23 +53,23 @@ func newQueue() queue {
 	return r
 }
 
-func (r *ring) sync(fd uintptr) (result, begun error) {
+func (r *ring) sync(fd uintptr) (began bool, err error) {
 	list := [1]*request{{opcode: opFsync, fd: uint32(fd), flags: tellEvent, event: r.eventFD}}
 	if _, _, errno := unix.Syscall(unix.SYS_IO_SUBMIT, r.context, 1, uintptr(unsafe.Pointer(&list))); errno != 0 {
-		return nil, errno
+		return false, errno
 	}
 	var told [8]byte
 	if _, err := r.event.Read(told[:]); err != nil {
-		return err, nil
+		return true, err
 	}
 	var got reply
 	switch n, _, errno := unix.Syscall6(unix.SYS_IO_GETEVENTS, r.context, 1, 1, uintptr(unsafe.Pointer(&got)), 0, 0); {
 	case errno != 0:
-		return errno, nil
+		return true, errno
 	case n != 1:
-		return unix.EIO, nil // there was to be one
+		return true, unix.EIO // there was to be one
 	}
-	return got.err(), nil
+	return true, got.err()
 }
 
 // err is the error number, negative, as the kernel's functions give it.

@@ -15,6 +15,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/exto/secrets-broker/internal/fsync"
 	"github.com/exto/secrets-broker/server/audit"
 )
 
@@ -321,4 +322,14 @@ func BenchmarkWrite(b *testing.B) {
 	for _, writers := range []int{1, 64} {
 		b.Run(fmt.Sprintf("writers=%d", writers), func(b *testing.B) { benchmark(b, writers) })
 	}
+}
+
+// TestSyncedByTheKernel: a log's file takes no thread while it is synced.
+func TestSyncedByTheKernel(t *testing.T) {
+	t.Parallel()
+	l := open(t, audit.Config{Path: filepath.Join(t.TempDir(), "audit.log")})
+	if _, is := l.InUse().(*fsync.File); !is {
+		t.Errorf("the file in use is %T", l.InUse())
+	}
+	shut(t, l)
 }
