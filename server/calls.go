@@ -11,8 +11,8 @@ import (
 	"time"
 
 	"github.com/google/uuid"
-	grpcprom "github.com/grpc-ecosystem/go-grpc-middleware/providers/prometheus"
 	middleware "github.com/grpc-ecosystem/go-grpc-middleware/v2"
+	"github.com/grpc-ecosystem/go-grpc-middleware/v2/interceptors"
 	"github.com/grpc-ecosystem/go-grpc-middleware/v2/interceptors/recovery"
 	"google.golang.org/grpc"
 
@@ -68,7 +68,7 @@ func (c *call) gave(version string, generation int64) { c.version, c.generation 
 // chain is the way of every call, outermost first: metrics, how long it may take and its
 // line in the log, recovery, decision and record. A refusal is thereby counted and logged
 // like an answer.
-func chain(metrics *grpcprom.ServerMetrics, log *slog.Logger, g *gate, refusals *refusals, drained context.Context) []grpc.ServerOption {
+func chain(metrics callMetrics, log *slog.Logger, g *gate, refusals *refusals, drained context.Context) []grpc.ServerOption {
 	recovered := recovery.WithRecoveryHandlerContext(func(ctx context.Context, p any) error {
 		// The type alone: the text of a panic may hold anything.
 		log.ErrorContext(ctx, "panic in a call", "audit_id", callFrom(ctx).auditID, "panic", fmt.Sprintf("%T", p), "stack", string(debug.Stack()))
@@ -76,14 +76,14 @@ func chain(metrics *grpcprom.ServerMetrics, log *slog.Logger, g *gate, refusals 
 	})
 	return []grpc.ServerOption{
 		grpc.ChainUnaryInterceptor(
-			metrics.UnaryServerInterceptor(),
+			interceptors.UnaryServerInterceptor(metrics),
 			beginUnary(log),
 			recovery.UnaryServerInterceptor(recovered),
 			decideUnary(g),
 		),
 		grpc.ChainStreamInterceptor(
 			refuseUnknown(refusals),
-			metrics.StreamServerInterceptor(),
+			interceptors.StreamServerInterceptor(metrics),
 			beginStream(log, drained),
 			recovery.StreamServerInterceptor(recovered),
 			decideStream(g),

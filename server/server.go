@@ -12,7 +12,6 @@ import (
 	"sync"
 	"time"
 
-	grpcprom "github.com/grpc-ecosystem/go-grpc-middleware/providers/prometheus"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
@@ -107,10 +106,7 @@ func New(cfg Config) (*Server, error) {
 	if cfg.await == nil {
 		cfg.await = cfg.Audit.Await
 	}
-	metrics := grpcprom.NewServerMetrics(grpcprom.WithServerHandlingTimeHistogram())
-	if err := cfg.Metrics.Register(metrics); err != nil {
-		return nil, err
-	}
+	metrics := callMetrics{}
 	s := &Server{health: health.NewServer(), open: findOpen(cfg.Audit, cfg.Broker, cfg.Now())}
 	logRefusal, auditRefusal := logRefusals(cfg.Logger), auditRefusals(cfg.Audit, &s.background)
 	refusals, err := newRefusals(cfg.Metrics, cfg.Now, func(r transportRefusal) { logRefusal(r); auditRefusal(r) })
@@ -144,7 +140,7 @@ func New(cfg Config) (*Server, error) {
 	s.health.SetServingStatus(secretsv1.SecretsBrokerService_ServiceDesc.ServiceName, healthpb.HealthCheckResponse_SERVING)
 	reflection.Register(services) // v1 and v1alpha, which older grpcurls ask for
 	channelz.RegisterChannelzServiceToServer(services)
-	metrics.InitializeMetrics(s.grpc)
+	metrics.register(cfg.Metrics, s.grpc.GetServiceInfo())
 	return s, nil
 }
 
