@@ -53,7 +53,7 @@ func (c serveCommand) openAudit(f *inForce, stdout io.Writer, log *slog.Logger, 
 		Path: c.AuditFile, Out: stdout, MaxBytes: c.AuditMaxBytes, Keep: c.AuditKeep, System: f.system, Logger: log, Metrics: metrics,
 	})
 	if err != nil {
-		return nil, fmt.Errorf("BROKER_AUDIT_FILE (--audit-file): %w", err)
+		return nil, fmt.Errorf("BROKER_AUDIT_FILE (--audit-file): %w; set it to a file of its own in a folder that is there, or to - for standard output", err)
 	}
 	f.audit = auditLog
 	f.record("start")

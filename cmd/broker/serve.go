@@ -198,11 +198,6 @@ func (c serveCommand) serve(ctx context.Context, s streams, listening func(net.A
 		return err
 	}
 	defer func() { err = errors.Join(err, store.Close()) }()
-	log.LogAttrs(ctx, slog.LevelInfo, "broker starts", buildAttrs()...)
-	if !audit.Recording {
-		log.Warn("this build is for measuring alone: it keeps no record of reads and refusals")
-	}
-	logStore(log, store.Info())
 	auditLog, err := c.openAudit(force, s.out, log, metrics)
 	if err != nil {
 		return err
@@ -213,6 +208,11 @@ func (c serveCommand) serve(ctx context.Context, s streams, listening func(net.A
 		defer cancel()
 		_ = auditLog.Close(bound)
 	}()
+	log.LogAttrs(ctx, slog.LevelInfo, "broker starts", buildAttrs()...)
+	if !audit.Recording {
+		log.Warn("this build is for measuring alone: it keeps no record of reads and refusals")
+	}
+	logStore(log, store.Info())
 
 	stale := c.StaleOnError
 	if stale == 0 {
@@ -281,7 +281,7 @@ func (c serveCommand) openVault(ctx context.Context, log *slog.Logger) (vault.Va
 	case "embedded":
 		store, err := embedded.Open(embedded.Config{Dir: c.DataDir, KeyFile: c.EmbeddedKeyFile, Retention: c.EmbeddedRetention, Logger: log})
 		if err != nil {
-			return nil, fmt.Errorf("BROKER_DATA_DIR (--data-dir), BROKER_EMBEDDED_KEY_FILE (--embedded-key-file): %w", err)
+			return nil, fmt.Errorf("BROKER_DATA_DIR (--data-dir), BROKER_EMBEDDED_KEY_FILE (--embedded-key-file): %w; set them to the folder of one broker's store and to the file of its key", err)
 		}
 		return store, nil
 	}

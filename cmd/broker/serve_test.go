@@ -111,6 +111,11 @@ func TestStartEndsWithOneLine(t *testing.T) {
 		"writes, no vault":      {changes: []string{"BROKER_VAULT_WRITES_PER_SECOND", "NaN", "SECRET_STORE_PROVIDER", "noop"}, want: "BROKER_VAULT_WRITES_PER_SECOND"},
 		"port taken":            {changes: []string{"BROKER_LISTEN_ADDRESS", running.addr, "SECRET_STORE_PROVIDER", "noop"}, want: "BROKER_LISTEN_ADDRESS"},
 		"metrics port taken":    {changes: []string{"BROKER_METRICS_ADDRESS", running.metrics, "SECRET_STORE_PROVIDER", "noop"}, want: "BROKER_METRICS_ADDRESS"},
+		"no folder of the log":  {changes: []string{"BROKER_AUDIT_FILE", "/absent/audit.log", "SECRET_STORE_PROVIDER", "noop"}, want: "BROKER_AUDIT_FILE (--audit-file): audit log /absent/audit.log"},
+		"log is a folder":       {changes: []string{"BROKER_AUDIT_FILE", dir, "SECRET_STORE_PROVIDER", "noop"}, want: "BROKER_AUDIT_FILE (--audit-file): audit log " + dir + ": is no regular file"},
+		"log is another file":   {changes: []string{"BROKER_AUDIT_FILE", bad, "SECRET_STORE_PROVIDER", "noop"}, want: "BROKER_AUDIT_FILE (--audit-file): audit log " + bad + ": line 1 is no line of an audit log"},
+		"log in use":            {changes: []string{"BROKER_AUDIT_FILE", in("audit.log"), "SECRET_STORE_PROVIDER", "noop"}, want: "BROKER_AUDIT_FILE (--audit-file): audit log " + in("audit.log") + ": is in use"},
+		"folder is a file":      {changes: []string{"BROKER_DATA_DIR", bad}, want: "BROKER_DATA_DIR (--data-dir)"},
 		"store in use":          {want: "in use by another process"},
 		"key of another store":  {changes: []string{"BROKER_DATA_DIR", damaged("wrong-key", func(_, key string) { check(os.WriteFile(key, otherKey, 0o600)) })}, want: "store.key"},
 		"key missing":           {changes: []string{"BROKER_DATA_DIR", damaged("no-key", func(_, key string) { check(os.Remove(key)) })}, want: "store.key"},
@@ -121,20 +126,18 @@ func TestStartEndsWithOneLine(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			code, stdout, stderr := runBroker(t, dir, environ(base, test.changes...), append([]string{"serve"}, test.args...)...)
-			var lines []string
-			for line := range strings.Lines(stderr) {
-				if !strings.HasPrefix(line, "time=") { // the log
-					lines = append(lines, line)
-				}
-			}
-			if code != 1 || len(lines) != 1 || stdout != "" {
+			line, more, _ := strings.Cut(stderr, "\n")
+			if code != 1 || line == "" || more != "" || stdout != "" {
 				t.Fatalf("got exit code %d, standard output %q and standard error %q, want 1 and one line", code, stdout, stderr)
 			}
-			if !strings.Contains(lines[0], test.want) {
-				t.Errorf("got %q, want it to name %s", lines[0], test.want)
+			if !strings.Contains(line, test.want) {
+				t.Errorf("got %q, want it to name %s", line, test.want)
 			}
-			if variable := strings.SplitN(test.want, " ", 2)[0]; strings.HasPrefix(variable, "BROKER_TLS_") && strings.Count(lines[0], "BROKER_") != 1 {
-				t.Errorf("got %q, want it to name %s and no other setting", lines[0], variable)
+			if name != "unknown flag" && !strings.Contains(line, "set it to") && !strings.Contains(line, "set them to") {
+				t.Errorf("got %q, want it to say what to set", line)
+			}
+			if variable := strings.SplitN(test.want, " ", 2)[0]; strings.HasPrefix(variable, "BROKER_TLS_") && strings.Count(line, "BROKER_") != 1 {
+				t.Errorf("got %q, want it to name %s and no other setting", line, variable)
 			}
 		})
 	}

@@ -35,7 +35,7 @@ func (l *Log) resolve() error {
 		return nil
 	}
 	if _, there := os.Lstat(l.cfg.Path); there == nil {
-		return fmt.Errorf("%s: is a symbolic link that leads nowhere: make the file, or name another", l.cfg.Path)
+		return fmt.Errorf("%s: is a symbolic link that leads nowhere", l.cfg.Path)
 	}
 	return nil // it is to be made
 }
@@ -47,7 +47,7 @@ func (l *Log) openFile() error {
 	info, err := os.Stat(path)
 	switch {
 	case err == nil && !info.Mode().IsRegular():
-		return fmt.Errorf("%s: is no regular file; use - for standard output", path)
+		return fmt.Errorf("%s: is no regular file", path)
 	case err != nil && !errors.Is(err, fs.ErrNotExist):
 		return err
 	case err != nil || info.Size() == 0:
