@@ -32,7 +32,7 @@ func told(err error) (reason, commit string) {
 func TestKilledInTheMiddleOfWrites(t *testing.T) {
 	t.Parallel()
 	const kills, writers = 20, 8
-	dir, ctx := t.TempDir(), callContext(t)
+	dir := t.TempDir()
 	type written struct{ version, value string }
 	var (
 		mu    sync.Mutex
@@ -40,7 +40,7 @@ func TestKilledInTheMiddleOfWrites(t *testing.T) {
 		open  = make([]*secretsv1.PutSecretRequest, writers)
 	)
 	for range kills {
-		p := devIn(t, dir)
+		p, ctx := devIn(t, dir), callContext(t)
 		c := p.as("console-api")
 		enough := make(chan struct{})
 		var count int
@@ -66,14 +66,18 @@ func TestKilledInTheMiddleOfWrites(t *testing.T) {
 				}
 			})
 		}
-		<-enough
+		select {
+		case <-enough:
+		case <-ctx.Done():
+			t.Error("fewer than 40 writes were acknowledged before their deadline")
+		}
 		p.kill()
 		wg.Wait()
 		if code, stdout, stderr := runBroker(t, dir, nil, "audit", "verify", auditFile); code != 0 {
 			t.Errorf("audit verify after a kill: got %d, %s%s", code, stdout, stderr)
 		}
 	}
-	p := devIn(t, dir)
+	p, ctx := devIn(t, dir), callContext(t)
 	c := p.as("console-api")
 	p.awaitMetric("secrets_broker_audit_open_intents 0")
 	closed, applied := map[string]bool{}, map[string]bool{}
