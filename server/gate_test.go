@@ -490,6 +490,9 @@ rules:
 	for _, id := range []string{"four", "absent"} {
 		_, err := c.ListSecrets(ctx, &secretsv1.ListSecretsRequest{InstanceId: id})
 		wantReason(t, err, secret.CallerNotAllowed, "")
+		// Whether it parses comes first.
+		_, err = c.ListSecrets(ctx, &secretsv1.ListSecretsRequest{InstanceId: id, PageToken: "garbage"})
+		wantReason(t, err, secret.InvalidRequest, "")
 	}
 }
 

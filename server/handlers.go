@@ -175,6 +175,9 @@ func (s *service) ListSecrets(ctx context.Context, in *secretsv1.ListSecretsRequ
 	if err != nil {
 		return nil, err
 	}
+	if err := s.broker.CheckToken(req); err != nil {
+		return nil, err
+	}
 	if in.GetInstanceId() != "" {
 		if err := s.gate.allowInstance(c, req.Instance); err != nil {
 			return nil, err

@@ -78,27 +78,42 @@ func (p place) token() string {
 	return base64.RawURLEncoding.EncodeToString(raw)
 }
 
+// CheckToken is List's error for the request's Token: whether the request parses is to be
+// known before anybody asks whether it is allowed.
+func (b *Broker) CheckToken(req ListRequest) error {
+	_, err := b.begins(req)
+	return err
+}
+
+// begins is where the list begins.
+func (b *Broker) begins(req ListRequest) (place, error) {
+	first := place{Instance: req.Instance.String(), Deleted: req.ShowDeleted}
+	if req.Token == "" {
+		return first, nil
+	}
+	raw, err := base64.RawURLEncoding.DecodeString(req.Token)
+	var from place
+	if err != nil || json.Unmarshal(raw, &from) != nil || !from.valid() {
+		return place{}, errToken("it is not one that a ListSecrets returned")
+	}
+	if from.Instance != first.Instance || from.Deleted != first.Deleted {
+		return place{}, errToken("it belongs to a list with another instance_id or show_deleted")
+	}
+	if age := b.now().Sub(time.Unix(from.Issued, 0)); age > tokenLife || age < -tokenLife {
+		return place{}, errToken("it is older than 1 h")
+	}
+	return from, nil
+}
+
 // List gives the metadata of many secrets, live ones first.
 func (b *Broker) List(ctx context.Context, call Call, req ListRequest) (ListResult, error) {
 	ctx = call.on(ctx)
-	at := place{Instance: req.Instance.String(), Deleted: req.ShowDeleted}
-	if req.Token != "" {
-		raw, err := base64.RawURLEncoding.DecodeString(req.Token)
-		var from place
-		if err != nil || json.Unmarshal(raw, &from) != nil || !from.valid() {
-			return ListResult{}, errToken("it is not one that a ListSecrets returned")
-		}
-		if from.Instance != at.Instance || from.Deleted != at.Deleted {
-			return ListResult{}, errToken("it belongs to a list with another instance_id or show_deleted")
-		}
-		if age := b.now().Sub(time.Unix(from.Issued, 0)); age > tokenLife || age < -tokenLife {
-			return ListResult{}, errToken("it is older than 1 h")
-		}
-		at = from
+	at, err := b.begins(req)
+	if err != nil {
+		return ListResult{}, err
 	}
 	at.Issued = b.now().Unix()
 	var result ListResult
-	var err error
 	if req.Instance != (secret.InstanceID{}) {
 		result, err = b.listInstance(ctx, req, at)
 	} else {
