@@ -26,8 +26,8 @@ type methodMetrics struct {
 	seconds                 prometheus.Observer
 }
 
-// register makes the series of all methods of services, which are there from then on;
-// calls of others may not be counted.
+// register makes the series of all methods of services, which are there from then on.
+// Calls of others are not counted.
 func (c callMetrics) register(metrics prometheus.Registerer, services map[string]grpc.ServiceInfo) {
 	with := promauto.With(metrics)
 	labels := []string{"grpc_type", "grpc_service", "grpc_method"}
@@ -70,7 +70,10 @@ func typeOf(m grpc.MethodInfo) interceptors.GRPCType {
 
 // ServerReporter counts a call's begin, and gives what counts the rest.
 func (c callMetrics) ServerReporter(ctx context.Context, call interceptors.CallMeta) (interceptors.Reporter, context.Context) {
-	m := c[procedure{call.Service, call.Method}]
+	m, ok := c[procedure{call.Service, call.Method}]
+	if !ok {
+		return interceptors.NoopReporter{}, ctx
+	}
 	m.started.Inc()
 	return m, ctx
 }
@@ -89,8 +92,16 @@ func (m *methodMetrics) PostMsgSend(_ any, err error, _ time.Duration) {
 	}
 }
 
-// PostCall counts a call's end.
+// PostCall counts a call's end, by the code that gRPC makes of err.
 func (m *methodMetrics) PostCall(err error, took time.Duration) {
-	m.handled[status.Code(err)].Inc()
+	told, ok := status.FromError(err)
+	if !ok {
+		told = status.FromContextError(err)
+	}
+	code := told.Code()
+	if int(code) >= len(m.handled) {
+		code = codes.Unknown
+	}
+	m.handled[code].Inc()
 	m.seconds.Observe(took.Seconds())
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"path/filepath"
@@ -23,7 +24,7 @@ type devCommand struct {
 // Run makes what is missing in .broker-dev and serves from it until ctx ends.
 func (c devCommand) Run(ctx context.Context, s streams) error {
 	if err := devdir.Prepare(devDir, time.Now()); err != nil {
-		return fmt.Errorf("%s: %w", devDir, err)
+		return devError(err)
 	}
 	in := func(name string) string { return filepath.Join(devDir, name) }
 	serve := serveCommand{
@@ -45,9 +46,18 @@ func (c devCommand) Run(ctx context.Context, s streams) error {
 	renewCtx, stop := context.WithCancel(ctx)
 	defer func() { stop(); renewing.Wait() }()
 	renewing.Go(func() { devdir.KeepRenewed(renewCtx, devDir, log) })
-	return serve.serve(ctx, s, func(addr net.Addr) {
+	err = serve.serve(ctx, s, func(addr net.Addr) {
 		if err := devdir.PrintCalls(s.out, devDir, addr.String()); err != nil {
 			log.Error("the sample calls could not be printed", "error", err)
 		}
 	})
+	if bad := (*fileError)(nil); errors.As(err, &bad) {
+		return devError(bad.error) // nobody set the file
+	}
+	return err
+}
+
+// devError says what to do about what is wrong in the folder.
+func devError(err error) error {
+	return fmt.Errorf("%s: %w; end the other broker that runs here, move %s away to begin anew, or run broker dev in another folder", devDir, err, devDir)
 }

@@ -64,6 +64,26 @@ func must2[T any](result T, err error) func(*testing.T) T {
 	}
 }
 
+// TestDevNamesWhatCanBeDone: what is wrong in its folder is nothing that a setting mends.
+func TestDevNamesWhatCanBeDone(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	devIn(t, dir)
+	refused := func(dir string) {
+		t.Helper()
+		code, _, stderr := runBroker(t, dir, nil, "dev", "--listen-address=127.0.0.1:0", "--metrics-address=127.0.0.1:0")
+		if code != 1 || strings.Count(stderr, "\n") != 1 || strings.Contains(stderr, "BROKER_") || !strings.Contains(stderr, "run broker dev in another folder") {
+			t.Errorf("got exit code %d and standard error %q, want 1 and one line that says what to do", code, stderr)
+		}
+	}
+	refused(dir)
+	other := t.TempDir()
+	if err := os.WriteFile(filepath.Join(other, devDir), nil, 0o600); err != nil { // where the folder is to be
+		t.Fatal(err)
+	}
+	refused(other)
+}
+
 // TestPrintedCalls pastes what dev prints into a shell, as the README shows it. The go
 // command takes its time to see that it need not build grpcurl: it is asked for the first
 // line only, and where that program is.

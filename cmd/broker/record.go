@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"io"
 	"log/slog"
 	"os"
@@ -53,7 +52,7 @@ func (c serveCommand) openAudit(f *inForce, stdout io.Writer, log *slog.Logger, 
 		Path: c.AuditFile, Out: stdout, MaxBytes: c.AuditMaxBytes, Keep: c.AuditKeep, System: f.system, Logger: log, Metrics: metrics,
 	})
 	if err != nil {
-		return nil, fmt.Errorf("BROKER_AUDIT_FILE (--audit-file): %w; set it to a file of its own in a folder that is there, or to - for standard output", err)
+		return nil, &fileError{"BROKER_AUDIT_FILE (--audit-file)", "set it to a file of its own in a folder that is there, or to - for standard output", err}
 	}
 	f.audit = auditLog
 	f.record("start")

@@ -89,12 +89,22 @@ func (c serveCommand) openTrust(log *slog.Logger, metrics prometheus.Registerer,
 	if bad := (*server.FileError)(nil); errors.As(err, &bad) {
 		for _, f := range c.trustFiles() {
 			if f.field == bad.Field {
-				return nil, fmt.Errorf("%s: %w; set it to %s", f.name, err, f.meaning)
+				return nil, &fileError{f.name, "set it to " + f.meaning, err}
 			}
 		}
 	}
 	return trust, err
 }
+
+// fileError is why a file or folder that a setting names will not do.
+type fileError struct {
+	setting, advice string
+	error
+}
+
+func (e *fileError) Error() string { return e.setting + ": " + e.error.Error() + "; " + e.advice }
+
+func (e *fileError) Unwrap() error { return e.error }
 
 // leastAuditBytes has room for what each file begins with, and for some lines.
 const leastAuditBytes = 4 << 10
@@ -281,7 +291,7 @@ func (c serveCommand) openVault(ctx context.Context, log *slog.Logger) (vault.Va
 	case "embedded":
 		store, err := embedded.Open(embedded.Config{Dir: c.DataDir, KeyFile: c.EmbeddedKeyFile, Retention: c.EmbeddedRetention, Logger: log})
 		if err != nil {
-			return nil, fmt.Errorf("BROKER_DATA_DIR (--data-dir), BROKER_EMBEDDED_KEY_FILE (--embedded-key-file): %w; set them to the folder of one broker's store and to the file of its key", err)
+			return nil, &fileError{"BROKER_DATA_DIR (--data-dir), BROKER_EMBEDDED_KEY_FILE (--embedded-key-file)", "set them to the folder of one broker's store and to the file of its key", err}
 		}
 		return store, nil
 	}

@@ -112,6 +112,7 @@ func TestStartEndsWithOneLine(t *testing.T) {
 		"port taken":            {changes: []string{"BROKER_LISTEN_ADDRESS", running.addr, "SECRET_STORE_PROVIDER", "noop"}, want: "BROKER_LISTEN_ADDRESS"},
 		"metrics port taken":    {changes: []string{"BROKER_METRICS_ADDRESS", running.metrics, "SECRET_STORE_PROVIDER", "noop"}, want: "BROKER_METRICS_ADDRESS"},
 		"no folder of the log":  {changes: []string{"BROKER_AUDIT_FILE", "/absent/audit.log", "SECRET_STORE_PROVIDER", "noop"}, want: "BROKER_AUDIT_FILE (--audit-file): audit log /absent/audit.log"},
+		"folder of no files":    {changes: []string{"BROKER_AUDIT_FILE", "/proc/audit.log", "SECRET_STORE_PROVIDER", "noop"}, want: "BROKER_AUDIT_FILE (--audit-file): audit log "},
 		"log is a folder":       {changes: []string{"BROKER_AUDIT_FILE", dir, "SECRET_STORE_PROVIDER", "noop"}, want: "BROKER_AUDIT_FILE (--audit-file): audit log " + dir + ": is no regular file"},
 		"log is another file":   {changes: []string{"BROKER_AUDIT_FILE", bad, "SECRET_STORE_PROVIDER", "noop"}, want: "BROKER_AUDIT_FILE (--audit-file): audit log " + bad + ": line 1 is no line of an audit log"},
 		"log in use":            {changes: []string{"BROKER_AUDIT_FILE", in("audit.log"), "SECRET_STORE_PROVIDER", "noop"}, want: "BROKER_AUDIT_FILE (--audit-file): audit log " + in("audit.log") + ": is in use"},

@@ -58,8 +58,11 @@ func (l *Log) openFile() error {
 		}
 		if len(numbers) == 0 {
 			l.chain = uuid.NewString()
+			if err := l.rotate(); err != nil {
+				return err
+			}
 			l.log.Info("audit log: a new chain begins", "path", path, "chain", l.chain)
-			return l.rotate()
+			return nil
 		}
 		last = newest(path, numbers)
 	}

@@ -38,10 +38,6 @@ func loadKey(path string, log *slog.Logger) (tink.AEAD, error) {
 	if err != nil {
 		return nil, err
 	}
-	if info.Mode().Perm()&0o077 != 0 {
-		log.Warn("the key file of the secret store can be reached by other users",
-			"path", path, "mode", info.Mode().Perm().String())
-	}
 	data, err := os.ReadFile(path)
 	if err != nil {
 		return nil, err
@@ -54,6 +50,10 @@ func loadKey(path string, log *slog.Logger) (tink.AEAD, error) {
 	primitive, err := aead.New(handle)
 	if err != nil {
 		return nil, fmt.Errorf("%s holds no AEAD key", path)
+	}
+	if info.Mode().Perm()&0o077 != 0 {
+		log.Warn("the key file of the secret store can be reached by other users",
+			"path", path, "mode", info.Mode().Perm().String())
 	}
 	return primitive, nil
 }
