@@ -117,10 +117,21 @@ func (l List) Arrange(current string) bool {
 		}
 		return v.Version == current
 	})
-	if at >= 0 {
-		l.Lead(at)
+	if at < 0 {
+		return false
 	}
-	return at >= 0
+	if current == "" {
+		// Of several that are disabled and of one second somebody else's goes first: taken
+		// for an older one it would have what it replaced put over it.
+		for i, v := range l[at:] {
+			if v.Created.Equal(l[at].Created) && !v.Enabled && v.Generation == 0 {
+				at += i
+				break
+			}
+		}
+	}
+	l.Lead(at)
+	return true
 }
 
 // Lead makes the version at this place the current one.

@@ -2,6 +2,7 @@ package broker
 
 import (
 	"hash/maphash"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -18,7 +19,8 @@ const (
 	// entryBytes, so that their number is bounded too.
 	cacheBytes = 256 << 20
 	entryBytes = 1 << 10
-	// mostOlder is how many versions beside the current one are kept of a secret.
+	// mostOlder is how many versions beside the current one are kept of a secret, and of
+	// how many more that they are not served.
 	mostOlder = 4
 	shards    = 64
 )
@@ -57,6 +59,9 @@ type older struct {
 	asOf    time.Time
 	refusal *Error
 }
+
+// gone reports that there is no value to be read.
+func (e *entry) gone() bool { return e.State != Active }
 
 // entryOf is what reads need of s.
 func (b *Broker) entryOf(s *snapshot) *entry {
@@ -104,9 +109,23 @@ func (e *entry) with(o *older) *entry {
 	n := e.copy()
 	n.older = []*older{o}
 	for _, other := range e.older {
-		if other.Version != o.Version && len(n.older) < mostOlder {
+		if other.Version != o.Version {
 			n.older = append(n.older, other)
 		}
+	}
+	// Anybody may ask for versions that there are not: those take no value's place. And
+	// no other value takes that of the one in grace.
+	count, last := 0, 0
+	for i, other := range n.older {
+		if (other.refusal == nil) == (o.refusal == nil) {
+			count++
+			if other.Version != n.previous {
+				last = i
+			}
+		}
+	}
+	if count > mostOlder {
+		n.older = slices.Delete(n.older, last, last+1)
 	}
 	return n
 }
@@ -151,9 +170,16 @@ type cache struct {
 type shard struct {
 	mu      sync.Mutex
 	flights map[secret.Key][]*flight
+	asides  map[secret.Key][]*aside
 	writing map[secret.Key]bool // since a write's first effect
-	writes  int                 // that began or ended
 	sent    int                 // flights
+}
+
+// aside is a look at a secret beside the flights: by a write, a Describe or a List.
+type aside struct {
+	// outdated reports that what it found is not to be kept: somebody was told since
+	// that there is nothing to be read, or the secret was written.
+	outdated bool
 }
 
 // newCache keeps values for so long, and that there is none as long as it is
@@ -171,7 +197,7 @@ func newCache(keep time.Duration) *cache {
 		}),
 	})
 	for i := range c.shards {
-		c.shards[i].flights, c.shards[i].writing = map[secret.Key][]*flight{}, map[secret.Key]bool{}
+		c.shards[i].flights, c.shards[i].asides, c.shards[i].writing = map[secret.Key][]*flight{}, map[secret.Key][]*aside{}, map[secret.Key]bool{}
 	}
 	return c
 }
@@ -188,37 +214,84 @@ func (c *cache) get(key secret.Key) *entry {
 	return e
 }
 
-// begin is called before the first effect of a write is sent.
-func (c *cache) begin(key secret.Key) {
+// aside begins a look beside the flights, which over ends.
+func (c *cache) aside(key secret.Key) *aside {
 	s := c.shard(key)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.writing[key] = true
-	s.writes++
-	c.forget(s, key)
+	a := &aside{}
+	s.asides[key] = append(s.asides[key], a)
+	return a
 }
 
-// end is called before a write returns. e is what it left or found there, nil when
-// that is not known, or not whole.
-func (b *Broker) end(key secret.Key, e *entry) {
-	s := b.cache.shard(key)
+func (c *cache) over(key secret.Key, a *aside) {
+	s := c.shard(key)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.writes++
-	if s.writing[key] {
-		delete(s.writing, key)
-		b.cache.entries.Invalidate(key)
+	s.remove(key, a)
+}
+
+func (s *shard) remove(key secret.Key, a *aside) {
+	asides := slices.DeleteFunc(s.asides[key], func(other *aside) bool { return other == a })
+	if len(asides) > 0 {
+		s.asides[key] = asides
+	} else {
+		delete(s.asides, key)
 	}
-	s.outdate(key)
+}
+
+// begin is called before the first effect of a write is sent.
+func (c *cache) begin(op *operation) {
+	s := c.shard(op.key)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.writing[op.key] = true
+	outdated := op.aside.outdated
+	c.forget(s, op.key)
+	op.aside.outdated = outdated // its own effect is none to itself
+}
+
+// end is called before a write returns.
+func (b *Broker) end(op *operation) {
+	s := b.cache.shard(op.key)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.remove(op.key, op.aside)
+	if op.held {
+		delete(s.writing, op.key)
+		b.cache.entries.Invalidate(op.key)
+	}
+	e := op.after
+	switch {
+	case e != nil && e == op.seen:
+		// The vault is as it was found. What was asked for since then holds.
+		for _, f := range s.flights[op.key] {
+			f.outdated = f.outdated || !f.sent.IsZero() && f.sent.Before(e.asOf)
+		}
+		if op.aside.outdated {
+			return
+		}
+	case op.held || e != nil:
+		s.outdate(op.key)
+	}
 	if e != nil {
 		b.keep(s, e)
 	}
 }
 
-// outdate keeps those who come from now on from waiting for what was asked before.
+// outdate keeps those who come from now on from waiting for what was asked before, and
+// what was found before from being kept.
 func (s *shard) outdate(key secret.Key) {
 	for _, f := range s.flights[key] {
 		f.outdated = true
+	}
+	s.deny(key)
+}
+
+// deny keeps what others find beside the flights from being kept.
+func (s *shard) deny(key secret.Key) {
+	for _, a := range s.asides[key] {
+		a.outdated = true
 	}
 }
 
@@ -227,6 +300,9 @@ func (s *shard) outdate(key secret.Key) {
 func (b *Broker) keep(s *shard, e *entry) {
 	if b.discards {
 		return
+	}
+	if e.gone() {
+		s.deny(e.Key)
 	}
 	old := b.cache.get(e.Key)
 	if old != nil && old.asOf.After(e.asOf) {
@@ -268,24 +344,29 @@ func (c *cache) forget(s *shard, key secret.Key) {
 	s.outdate(key)
 }
 
-// writes counts what may have changed a secret in memory.
-func (c *cache) writes(key secret.Key) int {
-	s := c.shard(key)
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.writes
+// tell is for what callers are told that is not to be kept: that there is nothing to be
+// read, asked for at that time. Nothing older brings it back. The mutex of s is held.
+func (c *cache) tell(s *shard, key secret.Key, asked time.Time) {
+	s.deny(key)
+	if kept := c.get(key); kept != nil && kept.asOf.Before(asked) {
+		c.entries.Invalidate(key)
+	}
 }
 
-// offer keeps what was found beside the flights, unless something was written since
-// then: what is kept is newer in that case.
-func (b *Broker) offer(found *snapshot, then int) {
+// offer keeps what was found beside the flights, unless it is outdated by now.
+func (b *Broker) offer(found *snapshot, a *aside) {
 	e := b.entryOf(found)
 	s := b.cache.shard(found.key)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.outdate(found.key)
-	if !s.writing[found.key] && s.writes == then {
+	switch {
+	case !s.writing[found.key] && !a.outdated:
+		for _, f := range s.flights[found.key] {
+			f.outdated = true
+		}
 		b.keep(s, e)
+	case e.gone():
+		b.cache.tell(s, found.key, e.asOf)
 	}
 }
 
@@ -294,7 +375,7 @@ func (b *Broker) offer(found *snapshot, then int) {
 func (b *Broker) hold(op *operation) {
 	if !op.held {
 		op.held = true
-		b.cache.begin(op.key)
+		b.cache.begin(op)
 	}
 	op.after, op.sentAt = nil, b.now()
 }

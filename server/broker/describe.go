@@ -27,12 +27,13 @@ func (b *Broker) Describe(ctx context.Context, call Call, key secret.Key) (Descr
 }
 
 func (b *Broker) describe(ctx context.Context, key secret.Key) (Description, error) {
-	writes := b.cache.writes(key)
+	aside := b.cache.aside(key)
+	defer b.cache.over(key, aside)
 	s, err := b.load(ctx, key, whole)
 	if err != nil {
 		return Description{}, err
 	}
-	b.offer(s, writes)
+	b.offer(s, aside)
 	if s.hasLate() {
 		b.repair(key)
 	}

@@ -174,11 +174,11 @@ func (b *Broker) leave(f *flight) {
 	if f.users--; f.users == 0 {
 		f.outdated = true // no write after this knows of it
 		f.cancel()
-		s.remove(f)
+		s.land(f)
 	}
 }
 
-func (s *shard) remove(f *flight) {
+func (s *shard) land(f *flight) {
 	flights := slices.DeleteFunc(s.flights[f.key], func(other *flight) bool { return other == f })
 	if len(flights) > 0 {
 		s.flights[f.key] = flights
@@ -225,7 +225,7 @@ func (b *Broker) fly(ctx context.Context, s *shard, f *flight, call Call, before
 	e, o, err := b.fetch(ctx, f)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.remove(f)
+	s.land(f)
 	f.entry, f.older, f.err = e, o, err
 	if err == nil {
 		// Whoever comes after this is not to be told what was before it: a write of
@@ -236,6 +236,9 @@ func (b *Broker) fly(ctx context.Context, s *shard, f *flight, call Call, before
 	}
 	switch {
 	case f.outdated || s.writing[f.key]:
+		if refused(err) || e != nil && e.gone() {
+			b.cache.tell(s, f.key, f.sent)
+		}
 	case refused(err):
 		b.cache.forget(s, f.key)
 	case err == nil && o != nil && len(f.version) <= versions.MaxVersion: // a longer one is none, and not worth the memory

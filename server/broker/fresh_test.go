@@ -253,6 +253,25 @@ func TestJoinedAnswerIsTooLow(t *testing.T) {
 	}
 }
 
+// TestJoinedAnswerFoundNothing: the same, where it is told that there is no such secret.
+func TestJoinedAnswerFoundNothing(t *testing.T) {
+	t.Parallel()
+	key := keyOf(t, secret.DatabaseURI, "demo")
+	c := newCellar()
+	sent, open := c.holdFirst(nil)
+	b := c.heart(t)
+	first := read(t, b, broker.GetRequest{Key: key})
+	<-sent
+	next := read(t, b, broker.GetRequest{Key: key, MinGeneration: 3})
+	c.advance(time.Second)
+	c.put(key, 3)
+	open()
+	<-first
+	if r := <-next; r.err != nil || r.Generation != 3 {
+		t.Errorf("got generation %d, %v, want 3", r.Generation, r.err)
+	}
+}
+
 // TestNobodyAsksForWhatHasJustArrived: the answer for which a read was about to wait
 // came into memory in that very moment.
 func TestNobodyAsksForWhatHasJustArrived(t *testing.T) {

@@ -146,13 +146,9 @@ func (b *Broker) listInstance(ctx context.Context, req ListRequest, at place) (L
 		if !req.Visible(key) {
 			continue
 		}
-		writes := b.cache.writes(key)
-		s, err := b.look(ctx, key, whole)
+		s, err := b.listed(ctx, key)
 		if err != nil {
 			return ListResult{}, err
-		}
-		if !s.current.Copied() {
-			b.offer(s, writes)
 		}
 		m := s.metadata(s.current)
 		m.Version = ""
@@ -177,6 +173,16 @@ func (b *Broker) listInstance(ctx context.Context, req ListRequest, at place) (L
 	}
 	at.Skip = strconv.Itoa(skip + req.PageSize)
 	return ListResult{Secrets: all[:req.PageSize], NextToken: at.token()}, nil
+}
+
+func (b *Broker) listed(ctx context.Context, key secret.Key) (*snapshot, error) {
+	aside := b.cache.aside(key)
+	defer b.cache.over(key, aside)
+	s, err := b.look(ctx, key, whole)
+	if err == nil && !s.current.Copied() {
+		b.offer(s, aside)
+	}
+	return s, err
 }
 
 // listAll goes through the vault's own lists until the page is full.

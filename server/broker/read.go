@@ -194,7 +194,7 @@ func (b *Broker) ask(ctx context.Context, n need) (answer, error) {
 		now := b.now()
 		e := b.cache.get(n.key)
 		switch {
-		case err == nil && n.unmet(f.entry) && !f.after:
+		case err == nil && !f.after && (n.unmet(f.entry) || n.least > 0 && f.entry.gone()):
 			n.max = 0 // it was asked for before this read began
 			continue
 		case err == nil && n.unmet(f.entry):

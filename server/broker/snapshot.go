@@ -67,10 +67,10 @@ func (b *Broker) look(ctx context.Context, key secret.Key, d depth) (*snapshot, 
 	pauses := vault.NewPauses(lookPause, time.Second)
 	for asked := 1; ; asked++ {
 		s, err := steady(func() (*snapshot, error) { return b.loadOnce(ctx, key, d, asked) })
-		if errors.Is(err, vault.ErrRefused) {
-			b.drop(key) // nothing of it is to be served when the vault cannot be reached
-		}
 		if !errors.Is(err, errStale) {
+			if errors.Is(err, vault.ErrRefused) || errors.As(err, &halfError{}) {
+				b.drop(key) // nothing of it is to be served when the vault cannot be reached
+			}
 			return s, err
 		}
 		if !vault.Pause(ctx, b.wait, pauses.NextBackOff()) {

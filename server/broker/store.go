@@ -80,7 +80,7 @@ func (b *Broker) store(ctx context.Context, op *operation, s *snapshot, base ver
 	op.after = b.entryOf(written)
 	if s.state == Active {
 		replaced := b.olderOf(s, s.current, s.value, nil)
-		replaced.asOf, replaced.ExpireTime = op.sentAt, after.GraceEnd
+		replaced.ExpireTime = after.GraceEnd
 		op.after = op.after.with(replaced)
 	}
 	return written, nil

@@ -36,8 +36,10 @@ type operation struct {
 	// after is the secret as the operation last saw or left it, for the reads that
 	// come after it; nil when that is not known.
 	after *entry
-	// seen is the secret as it was when the operation was last judged.
-	seen *entry
+	// seen is the secret as it was when the operation was last judged, and aside its
+	// looks at it.
+	seen  *entry
+	aside *aside
 	// begun reports that a step of it was done, so that the rest is not the
 	// caller's to wait for.
 	begun bool
@@ -120,6 +122,7 @@ func do[R any](b *Broker, ctx context.Context, op *operation, work func(context.
 		}
 		return err
 	}})
+	op.aside = b.cache.aside(op.key)
 	leave := context.AfterFunc(ctx, func() {
 		if op.phase.CompareAndSwap(pending, abandoned) {
 			cancel()
@@ -159,9 +162,7 @@ func do[R any](b *Broker, ctx context.Context, op *operation, work func(context.
 			if op.held && !op.begun && errors.As(o.err, &told) && told.Commit == secret.NotApplied {
 				op.after = op.seen // nothing came of it
 			}
-			if op.held || op.after != nil {
-				b.end(op.key, op.after)
-			}
+			b.end(op)
 			unlock()
 			b.writes.Done()
 			ended <- o
@@ -206,7 +207,7 @@ func untilSettled[R any](b *Broker, ctx context.Context, op *operation, work fun
 		if !moved(err) {
 			return result, err
 		}
-		op.seen = nil // it is not so any more
+		op.seen, op.after = nil, nil // it is not so any more
 		if !errors.Is(err, vault.ErrDeleted) {
 			if tries == mostTries {
 				return result, err
