@@ -130,7 +130,12 @@ func (s *service) VerifyToken(ctx context.Context, in *secretsv1.VerifyTokenRequ
 	if err := s.gate.allow(c, key); err != nil {
 		return nil, err
 	}
-	v, err := s.broker.Verify(ctx, s.gate.onBehalf(c), key, token)
+	call := s.gate.onBehalf(c)
+	call.Remembered = c.crowded
+	v, err := s.broker.Verify(ctx, call, key, token)
+	if err != nil && c.crowded {
+		return nil, c.overQuota
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -176,9 +176,14 @@ func (g *gate) enter(ctx context.Context, c *call, underWay *atomic.Int64, most 
 		return err
 	}
 	if underWay.Add(1) > most || g.accounts.crowded(c.account) && !c.health {
-		underWay.Add(-1)
-		return &broker.Error{Reason: secret.CallerQuotaExceeded, RetryAfter: busyRetry,
+		busy := &broker.Error{Reason: secret.CallerQuotaExceeded, RetryAfter: busyRetry,
 			Message: "this caller has too much under way; let some of its calls end, and send fewer or smaller ones at once"}
+		if c.action == authz.Verify {
+			c.overQuota, c.crowded = busy, true // as spend does
+			return nil
+		}
+		underWay.Add(-1)
+		return busy
 	}
 	return nil
 }

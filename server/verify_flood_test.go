@@ -17,6 +17,7 @@ import (
 	"github.com/exto/secrets-broker/internal/keyvaultfake"
 	"github.com/exto/secrets-broker/internal/race"
 	"github.com/exto/secrets-broker/secret"
+	"github.com/exto/secrets-broker/server"
 	"github.com/exto/secrets-broker/server/vault"
 	"github.com/exto/secrets-broker/server/vault/keyvault"
 )
@@ -298,11 +299,11 @@ func TestFloodOfWrongTokens(t *testing.T) {
 }
 
 // flood has wrong tokens of so many made-up instances verified, over connections that
-// take a thousand calls at once. All of them are at the vault's budget when it returns;
-// end ends those that wait there, wait lets them be answered.
+// take a thousand calls at once. All of them are at the vault's budget when it returns, or
+// were refused a place there; end ends those that wait there, wait lets them be answered.
 func (s *system) flood(t *testing.T, name string, n int) (end, wait func()) {
 	ctx, cancel := context.WithCancel(callContext(t))
-	arrived := make(chan struct{}, n)
+	arrived := make(chan struct{}, 2*n)
 	s.vault.SetBefore(func(_ context.Context, _ string, key secret.Key) error {
 		if strings.HasPrefix(key.String(), "instance-"+name) {
 			arrived <- struct{}{}
@@ -314,7 +315,10 @@ func (s *system) flood(t *testing.T, name string, n int) (end, wait func()) {
 		c := s.as(consoleAPI)
 		for i := first; i < min(n, first+1000); i++ {
 			calls.Go(func() {
-				_, _ = c.VerifyToken(ctx, &secretsv1.VerifyTokenRequest{InstanceId: fmt.Sprint(name, i), Token: wrong})
+				_, err := c.VerifyToken(ctx, &secretsv1.VerifyTokenRequest{InstanceId: fmt.Sprint(name, i), Token: wrong})
+				if err != nil {
+					arrived <- struct{}{}
+				}
 			})
 		}
 	}
@@ -449,4 +453,107 @@ func TestVerifyWhenTheBrokerIsRefused(t *testing.T) {
 			})
 		}
 	})
+}
+
+// TestLookUpsLeaveRoom: after many tokens that matched nothing, as many more as one
+// connection bears, none of which the vault answers, keep no other call of it out.
+func TestLookUpsLeaveRoom(t *testing.T) {
+	t.Parallel()
+	for name, instance := range map[string]func(n int) string{
+		"instances that there are not": func(n int) string { return fmt.Sprint("made-up-", n) },
+		"one instance":                 func(int) string { return "demo" },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := startSystem(t)
+			x, token := s.instance(t, "demo", "active")
+			x.wantVerify(token, "MATCH_CURRENT/2")
+			x.clock.advance(2*time.Second + 1)
+			_, wait := s.flood(t, "earlier-", 205)
+			wait()
+			hold := make(chan struct{})
+			s.vault.SetBefore(func(context.Context, string, secret.Key) error {
+				<-hold
+				return nil
+			})
+			const size = 2100
+			var calls sync.WaitGroup
+			var answered atomic.Int64
+			for n := range size {
+				calls.Go(func() {
+					_, _ = x.c.VerifyToken(x.ctx, &secretsv1.VerifyTokenRequest{InstanceId: instance(n), Token: fmt.Sprint(wrong, n)})
+					answered.Add(1)
+				})
+			}
+			eventually(t, "most are answered", func() bool { return answered.Load() >= size-600 })
+			x.wantVerify(token, "MATCH_CURRENT/2")
+			close(hold)
+			calls.Wait()
+		})
+	}
+}
+
+// TestMatchIsRefusedByNoLimit: whatever else its caller has under way, a token that
+// matches is verified. Another one is told of the limit.
+func TestMatchIsRefusedByNoLimit(t *testing.T) {
+	t.Parallel()
+	for name, bounds := range map[string]server.Bounds{"calls": {Calls: 1}, "bytes": {Held: 40 << 10}} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := startWithBounds(t, bounds)
+			x, before := s.instance(t, "demo", "active")
+			token := x.nextToken(time.Hour).GetValue()
+			x.wantVerify(before, "MATCH_PREVIOUS/2 for 1h0m0s")
+			set, hold := make(chan struct{}), make(chan struct{})
+			s.vault.SetBefore(func(_ context.Context, op string, _ secret.Key) error {
+				if op == "Set" {
+					close(set)
+					<-hold
+				}
+				return nil
+			})
+			var put sync.WaitGroup
+			put.Go(func() {
+				_, _ = x.c.PutSecret(x.ctx, &secretsv1.PutSecretRequest{Ref: ref("other", uriKind), Value: "postgres://db/" + strings.Repeat("a", 24_000)})
+			})
+			<-set
+			x.wantVerify(token, "MATCH_CURRENT/3")
+			x.wantVerify(before, "MATCH_PREVIOUS/2 for 1h0m0s")
+			for _, id := range []string{"demo", "unknown"} {
+				_, err := x.c.VerifyToken(x.ctx, &secretsv1.VerifyTokenRequest{InstanceId: id, Token: wrong})
+				wantQuota(t, err, "")
+			}
+			_, err := x.c.GetSecret(x.ctx, &secretsv1.GetSecretRequest{Ref: x.ref})
+			wantQuota(t, err, "")
+			close(hold)
+			put.Wait()
+		})
+	}
+}
+
+// TestLookUnderWayIsTooOldAtItsEnd: a token that came while a look was under way, which
+// began before the token did, and ended more than 2 s after, is looked up once more.
+func TestLookUnderWayIsTooOldAtItsEnd(t *testing.T) {
+	t.Parallel()
+	s := startSystem(t)
+	x, _ := s.instance(t, "demo", "active")
+	x.clock.advance(2*time.Second + 1)
+	answered, open := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	s.vault.SetAfter(func(_ context.Context, op string, _ secret.Key, err error) error {
+		once.Do(func() {
+			close(answered)
+			<-open
+		})
+		return err
+	})
+	var calls sync.WaitGroup
+	calls.Go(func() { x.wantVerify(wrong, noMatch) })
+	<-answered
+	x.setOutside("new")
+	calls.Go(func() { x.wantVerify("new", "MATCH_CURRENT/0") })
+	eventually(t, "both are under way", func() bool { return s.face.Usage(spiffe(consoleAPI)).Calls == 2 })
+	x.clock.advance(2 * time.Second)
+	close(open)
+	calls.Wait()
 }

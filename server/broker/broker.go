@@ -66,10 +66,12 @@ type Broker struct {
 	locks lockTable
 
 	ttl, stale time.Duration
+	firstTry   time.Duration // of a look for a watch that begins
 	cache      *cache
 	watches    watches
 	digests    digests
 	vain       *rate.Limiter  // look-ups for tokens that match nothing
+	dubious    places         // of look-ups for tokens that may well match nothing
 	loads      sync.WaitGroup // flights and what polls, begun before closing
 	staleTold  atomic.Int64   // when the log said last that answers are stale; Unix ns
 
@@ -119,9 +121,11 @@ func New(cfg Config) *Broker {
 	if b.stale = cfg.StaleOnError; b.stale == 0 {
 		b.stale = DefaultStaleOnError
 	}
+	b.firstTry = renewal
 	b.cache = newCache(max(b.ttl, b.stale))
 	b.digests = newDigests()
 	b.vain = rate.NewLimiter(vain, vainBurst)
+	b.dubious.taken = map[string]int{}
 	b.watches.keys = map[secret.Key]*watched{}
 	b.locks.held = map[secret.Key]*lock{}
 	b.epoch.Store(b.now().UnixMilli())
@@ -182,6 +186,8 @@ type Call struct {
 	AuditID string
 	// Journal takes what the call changes; nil is none. Reads need none.
 	Journal Journal
+	// Remembered keeps a Verify from waiting for the vault: memory answers, or nobody.
+	Remembered bool
 }
 
 // on is ctx for the vault calls of a read.

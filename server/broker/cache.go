@@ -266,6 +266,7 @@ func (b *Broker) end(op *operation) {
 	case e != nil && e == op.seen:
 		// The vault is as it was found. What was asked for since then holds.
 		for _, f := range s.flights[op.key] {
+			f.full = true
 			f.outdated = f.outdated || !f.sent.IsZero() && f.sent.Before(e.asOf)
 		}
 		if op.aside.outdated {

@@ -30,6 +30,7 @@ type crossing struct {
 	later atomic.Int64           // how far the broker's clock went ahead; ns
 	told  atomic.Pointer[func()] // unless nil, called when the time is asked
 	wait  func(context.Context, time.Duration) error
+	ttl   time.Duration
 }
 
 func newCrossing(t *testing.T) *crossing {
@@ -50,7 +51,7 @@ func newCrossing(t *testing.T) *crossing {
 
 // restart is a new broker, which remembers nothing.
 func (x *crossing) restart() {
-	b := broker.New(broker.Config{Vault: x.vault, Logger: slog.New(slog.DiscardHandler), Now: x.now, Wait: x.wait})
+	b := broker.New(broker.Config{Vault: x.vault, Logger: slog.New(slog.DiscardHandler), Now: x.now, Wait: x.wait, CacheTTL: x.ttl})
 	x.Broker = b
 	x.t.Cleanup(func() { b.Close(context.Background()) })
 }

@@ -35,7 +35,8 @@ type flight struct {
 	sent     time.Time // zero until the vault is asked
 	order    int       // of those that were sent, this one's place
 	queued   bool      // it waits for the caller's turn
-	outdated bool      // the secret was written since
+	outdated bool      // the secret was written since, or something newer is known
+	full     bool      // a write ended since: nobody waits for it any more who comes now
 	users    int
 	cancel   context.CancelFunc
 
@@ -76,7 +77,7 @@ type need struct {
 // serves reports whether who needs n can wait for f. The shard's mutex is held.
 func (f *flight) serves(n *need, now time.Time) bool {
 	switch {
-	case f.outdated, f.version != n.version, f.depth == live && n.depth == whole:
+	case f.outdated, f.full, f.version != n.version, f.depth == live && n.depth == whole:
 		return false
 	case !f.sent.IsZero():
 		return f.sent.After(n.began) || n.max > 0 && age(now, f.sent) <= n.max

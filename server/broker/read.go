@@ -171,9 +171,22 @@ func (b *Broker) renew(n need) {
 
 // ask waits for the vault's answer, and falls back on memory where that is allowed.
 func (b *Broker) ask(ctx context.Context, n need) (answer, error) {
+	if n.call.Remembered {
+		e := b.cache.get(n.key)
+		if o, ok := b.fallback(&n, e, b.now()); ok {
+			return answer{e, o, StaleOnError}, nil
+		}
+		return answer{}, errNoPlace
+	}
 	deadline, _ := ctx.Deadline()
 	if n.priority == vault.Verifying {
 		n.priority = b.urgency(n.key)
+		if n.patient || n.priority == vault.Rest {
+			if !b.dubious.take(n.call.Caller) {
+				return answer{}, errNoPlace
+			}
+			defer b.dubious.give(n.call.Caller)
+		}
 	}
 	var last *flight
 	for {
@@ -253,6 +266,7 @@ var (
 	errElsewhere = errors.New("broker: to be asked for elsewhere")
 	errSlow      = fmt.Errorf("%w: it does not answer", vault.ErrUnavailable)
 	errNoTurn    = fmt.Errorf("%w: the turn did not come in time", vault.ErrThrottled)
+	errNoPlace   = fmt.Errorf("%w: too many wait for it", vault.ErrThrottled)
 	// errTooLate: the caller has no more time.
 	errTooLate = fmt.Errorf("broker: no answer in time: %w", context.DeadlineExceeded)
 )

@@ -24,6 +24,10 @@ const (
 	// the internet can cause them.
 	vain      = 20
 	vainBurst = 200
+	// mostDubious is how many look-ups of one caller, for tokens that may well match
+	// nothing, wait for the vault at once: for the others there must be room on the
+	// connection, which bears 2,048 calls.
+	mostDubious = 512
 )
 
 // VerifyResult says whether a token is an instance's.
@@ -55,10 +59,15 @@ func (b *Broker) Verify(ctx context.Context, call Call, key secret.Key, token se
 	presented := b.digests.of(key, token)
 	n := need{key: key, max: b.ttl, own: true, depth: live, priority: vault.Verifying, call: call}
 	v, a, err := b.match(ctx, n, presented)
-	// What is stale may have been asked for just now, in vain.
-	now := b.now()
-	if err == nil && v.Result == NoMatch && !(a.source == StaleOnError && a.entry.failing(now)) && age(now, a.entry.asOf) > secondLook {
-		v, a, err = b.lookAgain(ctx, n, a, presented)
+	for range 2 { // the first look may be one that was under way, and old when it ends
+		now := b.now()
+		// What is stale may have been asked for just now, in vain.
+		if err != nil || v.Result != NoMatch || a.source == StaleOnError && a.entry.failing(now) || age(now, a.entry.asOf) <= secondLook {
+			break
+		}
+		if v, a, err = b.lookAgain(ctx, n, a, presented); a.source != Live {
+			break
+		}
 	}
 	if err != nil {
 		return Verification{}, vaultError(ctx, key, err)
@@ -67,6 +76,31 @@ func (b *Broker) Verify(ctx context.Context, call Call, key secret.Key, token se
 		b.vain.AllowN(b.now(), 1)
 	}
 	return v, nil
+}
+
+// places are those of look-ups that wait, by caller.
+type places struct {
+	mu    sync.Mutex
+	taken map[string]int
+}
+
+// take reports whether there is one; it is given back.
+func (p *places) take(caller string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.taken[caller] >= mostDubious {
+		return false
+	}
+	p.taken[caller]++
+	return true
+}
+
+func (p *places) give(caller string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.taken[caller]--; p.taken[caller] == 0 {
+		delete(p.taken, caller)
+	}
 }
 
 // urgency is the priority of a look-up of key. That of an instance which the broker has
@@ -109,7 +143,7 @@ func (b *Broker) match(ctx context.Context, n need, presented digest) (Verificat
 		switch {
 		case errors.Is(err, errNotAsked):
 			err = errSlow // a moment ago, and memory does not have it
-		case unreachable(err) && !errors.Is(err, errTooLate) && !errors.Is(err, errNoTurn): // which say nothing of the vault
+		case unreachable(err) && !errors.Is(err, errTooLate) && !errors.Is(err, errNoTurn) && !errors.Is(err, errNoPlace): // which say nothing of the vault
 			e.beforeFailed.Store(b.now().UnixNano())
 		}
 		if err != nil {

@@ -3,6 +3,7 @@ package broker
 import (
 	"cmp"
 	"context"
+	"errors"
 	"hash/maphash"
 	"slices"
 	"sync"
@@ -70,9 +71,11 @@ func (b *Broker) Watch(ctx context.Context, call Call, keys []secret.Key, send f
 }
 
 const (
-	// atOnce is how many secrets are looked at together for a watch, and for all
-	// watches to find changes made outside.
-	atOnce = 16
+	// atOnce is how many secrets are looked at together for a watch that begins, and
+	// pollsAtOnce for all watches, to find changes made outside: enough for the budget
+	// where the vault takes a fifth of a second.
+	atOnce      = 16
+	pollsAtOnce = 64
 	// A watched secret is looked at again after two thirds of the bound, so that what
 	// others changed is seen within it, and after a sixth when that failed. The shares
 	// are of the bound; how often somebody looks which are due is between the two
@@ -83,21 +86,33 @@ const (
 
 // beginWatch looks at each secret once.
 func (b *Broker) beginWatch(ctx context.Context, keys []secret.Key, w *watcher) error {
-	ctx, cancel := context.WithTimeout(ctx, renewal)
-	defer cancel()
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(atOnce)
 	for _, key := range keys {
 		group.Go(func() error {
-			a, err := b.read(ctx, need{key: key, max: b.ttl, own: true, depth: whole, priority: vault.Rest, call: w.call})
+			e, err := b.firstLook(ctx, key, w)
 			if err != nil {
 				return vaultError(ctx, key, err)
 			}
-			b.watches.begin(w, a.entry)
+			b.watches.begin(w, e)
 			return nil
 		})
 	}
 	return group.Wait()
+}
+
+// firstLook looks at a secret for a watch that begins. A vault that takes long, or a
+// turn in the budget that does not come, is no reason to end the watch.
+func (b *Broker) firstLook(ctx context.Context, key secret.Key, w *watcher) (*entry, error) {
+	for {
+		try, end := context.WithTimeout(ctx, b.firstTry)
+		a, err := b.read(try, need{key: key, max: b.ttl, own: true, depth: whole, priority: vault.Rest, call: w.call})
+		late := errors.Is(err, errTooLate) || errors.Is(err, errNoTurn) || try.Err() != nil
+		end()
+		if err == nil || !late || ctx.Err() != nil {
+			return a.entry, err
+		}
+	}
 }
 
 // watches is who watches which secrets.
@@ -112,6 +127,7 @@ type watched struct {
 	watchers map[*watcher]bool // and whether it was told of this secret yet
 	last     standing          // zero: nothing is known yet
 	asked    time.Time         // when the vault was last asked because of this
+	asking   bool              // and has not answered yet
 	due      bool              // to be asked at once
 }
 
@@ -277,8 +293,8 @@ func (w *watcher) next() (Event, bool) {
 func (b *Broker) poll() {
 	tick := time.NewTicker(min(mostTick, max(leastTick, time.Duration(tickShare*float64(b.ttl)))))
 	defer tick.Stop()
-	free := make(chan struct{}, atOnce)
-	for range atOnce {
+	free := make(chan struct{}, pollsAtOnce)
+	for range pollsAtOnce {
 		free <- struct{}{}
 	}
 	for {
@@ -297,13 +313,11 @@ func (b *Broker) poll() {
 			case <-b.stopped.Done():
 				return
 			}
-			f := b.board(time.Now().Add(renewal), &n) // nobody leaves it: it ends by itself
-			if f.flight == nil {
-				free <- struct{}{} // it was read meanwhile
-				continue
-			}
 			go func() {
-				<-f.done
+				if f := b.board(time.Now().Add(renewal), &n); f.flight != nil { // else it was read meanwhile
+					<-f.done // nobody leaves it: it ends by itself
+				}
+				b.watches.asked(n.key)
 				free <- struct{}{}
 			}()
 		}
@@ -322,10 +336,10 @@ func (ws *watches) due(now time.Time, ttl time.Duration) (due []need, over bool)
 	since := map[secret.Key]time.Time{}
 	for key, k := range ws.keys {
 		old := age(now, k.last.asOf) >= time.Duration(pollShare*float64(ttl)) && age(now, k.asked) >= time.Duration(retryShare*float64(ttl))
-		if k.last.asOf.IsZero() || !old && !k.due {
+		if k.asking || k.last.asOf.IsZero() || !old && !k.due {
 			continue
 		}
-		k.asked, k.due = now, false
+		k.asking, k.asked, k.due = true, now, false
 		since[key] = k.last.asOf
 		for w := range k.watchers {
 			due = append(due, need{key: key, depth: whole, priority: vault.Rest, call: w.call, began: now})
@@ -334,6 +348,15 @@ func (ws *watches) due(now time.Time, ttl time.Duration) (due []need, over bool)
 	}
 	slices.SortFunc(due, func(x, y need) int { return since[x.key].Compare(since[y.key]) })
 	return due, false
+}
+
+// asked is for when the vault answered, or did not.
+func (ws *watches) asked(key secret.Key) {
+	ws.mu.Lock()
+	defer ws.mu.Unlock()
+	if k := ws.keys[key]; k != nil {
+		k.asking = false
+	}
 }
 
 // lastChange is the last operation that s names, and a hash of its id; Missing and 0
