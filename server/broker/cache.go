@@ -360,11 +360,11 @@ func (b *Broker) offer(found *snapshot, a *aside) {
 	s := b.cache.shard(found.key)
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	for _, f := range s.flights[found.key] {
+		f.outdated = true
+	}
 	switch {
 	case !s.writing[found.key] && !a.outdated:
-		for _, f := range s.flights[found.key] {
-			f.outdated = true
-		}
 		b.keep(s, e)
 	case e.gone():
 		b.cache.tell(s, found.key, e.asOf)
