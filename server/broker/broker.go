@@ -70,13 +70,16 @@ type Broker struct {
 	cache      *cache
 	watches    watches
 	digests    digests
-	vain       *rate.Limiter  // look-ups for tokens that match nothing
+	vain       *rate.Limiter // look-ups for tokens that match nothing
+	begun      time.Time
+	strangers  atomic.Int64   // look-ups under way of instances that are not known
 	dubious    places         // of look-ups for tokens that may well match nothing
 	loads      sync.WaitGroup // flights and what polls, begun before closing
 	staleTold  atomic.Int64   // when the log said last that answers are stale; Unix ns
 
 	mu      sync.Mutex
 	known   map[secret.Key]known
+	met     map[secret.Key]bool // where somebody else's version was found
 	pending map[secret.Key][]pendingWrite
 	hidden  map[secret.Key]hiddenVersion
 	// hidings counts the changes of hidden, so that a read can tell whether one
@@ -101,6 +104,7 @@ func New(cfg Config) *Broker {
 		wait:      cfg.Wait,
 		own:       cfg.Repairs,
 		known:     map[secret.Key]known{},
+		met:       map[secret.Key]bool{},
 		pending:   map[secret.Key][]pendingWrite{},
 		hidden:    map[secret.Key]hiddenVersion{},
 		repairing: map[secret.Key]bool{},
@@ -121,7 +125,7 @@ func New(cfg Config) *Broker {
 	if b.stale = cfg.StaleOnError; b.stale == 0 {
 		b.stale = DefaultStaleOnError
 	}
-	b.firstTry = renewal
+	b.firstTry, b.begun = renewal, b.now()
 	b.cache = newCache(max(b.ttl, b.stale))
 	b.digests = newDigests()
 	b.vain = rate.NewLimiter(vain, vainBurst)

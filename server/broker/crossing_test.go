@@ -31,6 +31,7 @@ type crossing struct {
 	told  atomic.Pointer[func()] // unless nil, called when the time is asked
 	wait  func(context.Context, time.Duration) error
 	ttl   time.Duration
+	stale time.Duration
 }
 
 func newCrossing(t *testing.T) *crossing {
@@ -51,7 +52,7 @@ func newCrossing(t *testing.T) *crossing {
 
 // restart is a new broker, which remembers nothing.
 func (x *crossing) restart() {
-	b := broker.New(broker.Config{Vault: x.vault, Logger: slog.New(slog.DiscardHandler), Now: x.now, Wait: x.wait, CacheTTL: x.ttl})
+	b := broker.New(broker.Config{Vault: x.vault, Logger: slog.New(slog.DiscardHandler), Now: x.now, Wait: x.wait, CacheTTL: x.ttl, StaleOnError: x.stale})
 	x.Broker = b
 	x.t.Cleanup(func() { b.Close(context.Background()) })
 }

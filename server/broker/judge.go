@@ -31,6 +31,7 @@ func (b *Broker) judge(ctx context.Context, s *snapshot, asked int) error {
 	k, ok := b.knownOf(s.key)
 	switch {
 	case s.current.Generation == 0: // somebody else's: it counts
+		b.meet(s.key)
 		return nil
 	case !ok || !k.later(s.current) && !k.twin(s.current):
 		b.see(s.key, s.current)

@@ -79,6 +79,21 @@ func (b *Broker) replace(key secret.Key, v version) {
 	b.see(key, v)
 }
 
+// meet remembers that there is a secret that somebody else wrote.
+func (b *Broker) meet(key secret.Key) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.met[key] = true
+}
+
+// stranger reports whether the process never saw a secret of this name.
+func (b *Broker) stranger(key secret.Key) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	_, known := b.known[key]
+	return !known && !b.met[key]
+}
+
 func (b *Broker) knownOf(key secret.Key) (known, bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -120,6 +135,7 @@ func (b *Broker) forget(key secret.Key) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	delete(b.known, key)
+	delete(b.met, key)
 	delete(b.hidden, key)
 }
 

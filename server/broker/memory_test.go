@@ -3,6 +3,7 @@ package broker_test
 import (
 	"context"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -281,6 +282,39 @@ func TestReplacedVersionIsAsOldAsTheLookAtIt(t *testing.T) {
 	x.put(key, "two")
 	_, err := x.Get(t.Context(), another, broker.GetRequest{Key: key, Version: old})
 	wantError(t, err, secret.SecretDisabled, "")
+}
+
+// TestInstancesAreKnown, for how soon their tokens are looked up, also when memory let go
+// of them and somebody else wrote them.
+func TestInstancesAreKnown(t *testing.T) {
+	t.Parallel()
+	for name, write := range map[string]func(x *crossing, key secret.Key){
+		"by the broker": func(x *crossing, key secret.Key) { x.put(key, "token") },
+		"outside":       func(x *crossing, key secret.Key) { x.person(key, "token") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			x, key := newCrossing(t), keyOf(t, secret.RegistrationToken, "demo")
+			write(x, key)
+			x.ttl, x.stale = time.Millisecond, broker.NoStaleOnError
+			x.restart()
+			var asked []vault.Priority
+			x.vault.SetBefore(func(ctx context.Context, op string, _ secret.Key) error {
+				if op == "Get" {
+					asked = append(asked, vault.OriginOf(ctx).Priority)
+				}
+				return nil
+			})
+			for len(asked) < 3 { // the cache's own clock goes on meanwhile
+				if v, err := x.Verify(t.Context(), another, key, secret.NewValue("token")); err != nil || v.Result != broker.MatchCurrent {
+					t.Fatal(v, err)
+				}
+			}
+			if want := []vault.Priority{vault.Verifying, vault.VerifyingKnown, vault.VerifyingKnown}; !slices.Equal(asked, want) {
+				t.Errorf("got priorities %v, want %v", asked, want)
+			}
+		})
+	}
 }
 
 // TestDescribeWhileOthersAreWritten: that many other secrets change takes nothing from

@@ -181,6 +181,10 @@ func (b *Broker) ask(ctx context.Context, n need) (answer, error) {
 	deadline, _ := ctx.Deadline()
 	if n.priority == vault.Verifying {
 		n.priority = b.urgency(n.key)
+		if n.priority != vault.VerifyingKnown {
+			b.strangers.Add(1)
+			defer b.strangers.Add(-1)
+		}
 		if n.patient || n.priority == vault.Rest {
 			if !b.dubious.take(n.call.Caller) {
 				return answer{}, errNoPlace

@@ -24,6 +24,9 @@ const (
 	// the internet can cause them.
 	vain      = 20
 	vainBurst = 200
+	// strangeFor is how long after the start nobody is suspected whom the process does not
+	// know: it knows none. Later, more than vainBurst at once are made up, most likely.
+	strangeFor = 5 * time.Minute
 	// mostDubious is how many look-ups of one caller, for tokens that may well match
 	// nothing, wait for the vault at once: for the others there must be room on the
 	// connection, which bears 2,048 calls.
@@ -111,10 +114,11 @@ func (b *Broker) urgency(key secret.Key) vault.Priority {
 	if e := b.cache.get(key); e != nil && e.State != Absent {
 		return vault.VerifyingKnown
 	}
-	if _, known := b.knownOf(key); known {
+	if !b.stranger(key) {
 		return vault.VerifyingKnown
 	}
-	if b.vain.TokensAt(b.now()) < 1 {
+	now := b.now()
+	if b.vain.TokensAt(now) < 1 || b.strangers.Load() > vainBurst && age(now, b.begun) > strangeFor {
 		return vault.Rest
 	}
 	return vault.Verifying
