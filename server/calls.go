@@ -48,7 +48,7 @@ type call struct {
 	under              *snapshot                    // by which it was admitted
 	watched            atomic.Pointer[[]secret.Key] // of a watch, once its request is read
 	overQuota          error                        // of a VerifyToken that only a token that matches passes
-	crowded            bool                         // and only one that memory knows
+	crowded            bool                         // for all that its caller has under way
 }
 
 // An audit id is made for every call, and need not be secret: the random bytes of

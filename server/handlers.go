@@ -131,15 +131,12 @@ func (s *service) VerifyToken(ctx context.Context, in *secretsv1.VerifyTokenRequ
 		return nil, err
 	}
 	call := s.gate.onBehalf(c)
-	call.Remembered = c.crowded
+	call.Crowded = c.crowded
 	v, err := s.broker.Verify(ctx, call, key, token)
-	if err != nil && c.crowded {
-		return nil, c.overQuota
-	}
-	if err != nil {
+	if err != nil && !c.crowded {
 		return nil, err
 	}
-	if c.overQuota != nil && v.Result == broker.NoMatch {
+	if c.overQuota != nil && (err != nil || v.Result == broker.NoMatch) {
 		// No longer: it has a place among the caller's calls, which a token that matches
 		// must find.
 		wait(ctx, quotaPause)

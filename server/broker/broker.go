@@ -73,7 +73,7 @@ type Broker struct {
 	vain       *rate.Limiter // look-ups for tokens that match nothing
 	begun      time.Time
 	strangers  atomic.Int64   // look-ups under way of instances that are not known
-	dubious    places         // of look-ups for tokens that may well match nothing
+	dubious    places         // of look-ups that others go before
 	loads      sync.WaitGroup // flights and what polls, begun before closing
 	staleTold  atomic.Int64   // when the log said last that answers are stale; Unix ns
 
@@ -190,8 +190,9 @@ type Call struct {
 	AuditID string
 	// Journal takes what the call changes; nil is none. Reads need none.
 	Journal Journal
-	// Remembered keeps a Verify from waiting for the vault: memory answers, or nobody.
-	Remembered bool
+	// Crowded says that the caller has as much under way as it may: a Verify that has to
+	// ask the vault needs one of few places.
+	Crowded bool
 }
 
 // on is ctx for the vault calls of a read.

@@ -32,6 +32,9 @@ type entry struct {
 	value    secret.Value // unless State is not Active
 	digest   digest       // of the value of a token
 	asOf     time.Time
+	// since is from when on somebody who asks and is told otherwise knows better: of what
+	// a write left, when the vault had answered that.
+	since time.Time
 	// unsure reports that an Absent secret may as well be deleted: nobody looked.
 	unsure bool
 	// partial reports that it says how the secret stands, without the value.
@@ -65,7 +68,7 @@ func (e *entry) gone() bool { return e.State != Active }
 
 // entryOf is what reads need of s.
 func (b *Broker) entryOf(s *snapshot) *entry {
-	e := &entry{Metadata: compact(s.metadata(s.current)), value: s.value, asOf: s.asOf, unsure: s.unsure}
+	e := &entry{Metadata: compact(s.metadata(s.current)), value: s.value, asOf: s.asOf, since: s.asOf, unsure: s.unsure}
 	e.change, e.op = b.lastChange(s)
 	e.State = s.state
 	if s.state == Active || s.state == Disabled {
@@ -75,6 +78,13 @@ func (b *Broker) entryOf(s *snapshot) *entry {
 		e.value = secret.Value{}
 	}
 	e.digest = b.digests.of(e.Key, e.value)
+	return e
+}
+
+// left is what a write left, of which the vault has just told.
+func (b *Broker) left(s *snapshot) *entry {
+	e := b.entryOf(s)
+	e.since = b.now()
 	return e
 }
 
@@ -132,7 +142,7 @@ func (e *entry) with(o *older) *entry {
 
 func (e *entry) copy() *entry {
 	n := &entry{
-		Metadata: e.Metadata, value: e.value, digest: e.digest, asOf: e.asOf, unsure: e.unsure,
+		Metadata: e.Metadata, value: e.value, digest: e.digest, asOf: e.asOf, since: e.since, unsure: e.unsure,
 		previous: e.previous, graceEnd: e.graceEnd, change: e.change, op: e.op, older: e.older,
 	}
 	n.looked.Store(e.looked.Load())
@@ -177,9 +187,11 @@ type shard struct {
 
 // aside is a look at a secret beside the flights: by a write, a Describe or a List.
 type aside struct {
-	// outdated reports that what it found is not to be kept: somebody was told since
-	// that there is nothing to be read, or the secret was written.
-	outdated bool
+	// written reports that another write of the secret began or ended meanwhile.
+	written bool
+	// denied is when the last of those asked who were told meanwhile that there is nothing
+	// to be read. What was found before that is not kept.
+	denied time.Time
 }
 
 // newCache keeps values for so long, and that there is none as long as it is
@@ -246,9 +258,8 @@ func (c *cache) begin(op *operation) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.writing[op.key] = true
-	outdated := op.aside.outdated
-	c.forget(s, op.key)
-	op.aside.outdated = outdated // its own effect is none to itself
+	c.entries.Invalidate(op.key)
+	s.outdate(op.key)
 }
 
 // end is called before a write returns.
@@ -267,17 +278,18 @@ func (b *Broker) end(op *operation) {
 		// The vault is as it was found. What was asked for since then holds.
 		for _, f := range s.flights[op.key] {
 			f.full = true
-			f.outdated = f.outdated || !f.sent.IsZero() && f.sent.Before(e.asOf)
-		}
-		if op.aside.outdated {
-			return
+			f.outdated = f.outdated || f.before(e.asOf)
 		}
 	case op.held || e != nil:
 		s.outdate(op.key)
 	}
-	if e != nil {
-		b.keep(s, e)
+	if e == nil || e.since.Before(op.aside.denied) {
+		return
 	}
+	if len(e.older) > 0 && e.older[0].asOf.Before(op.aside.denied) {
+		e.older = nil // what it replaced, as it was found
+	}
+	b.keep(s, e)
 }
 
 // outdate keeps those who come from now on from waiting for what was asked before, and
@@ -286,13 +298,18 @@ func (s *shard) outdate(key secret.Key) {
 	for _, f := range s.flights[key] {
 		f.outdated = true
 	}
-	s.deny(key)
+	for _, a := range s.asides[key] {
+		a.written = true
+	}
 }
 
-// deny keeps what others find beside the flights from being kept.
-func (s *shard) deny(key secret.Key) {
+// deny keeps what was found beside the flights before somebody asked who was told that
+// there is nothing to be read.
+func (s *shard) deny(key secret.Key, asked time.Time) {
 	for _, a := range s.asides[key] {
-		a.outdated = true
+		if a.denied.Before(asked) {
+			a.denied = asked
+		}
 	}
 }
 
@@ -303,7 +320,7 @@ func (b *Broker) keep(s *shard, e *entry) {
 		return
 	}
 	if e.gone() {
-		s.deny(e.Key)
+		s.deny(e.Key, e.asOf)
 	}
 	old := b.cache.get(e.Key)
 	if old != nil && old.asOf.After(e.asOf) {
@@ -326,32 +343,29 @@ func (b *Broker) keep(s *shard, e *entry) {
 	for _, f := range s.flights[e.Key] {
 		f.supersede()
 		// Its answer is older, also when e is not kept any more by then.
-		f.outdated = f.outdated || !f.sent.IsZero() && f.sent.Before(e.asOf)
+		f.outdated = f.outdated || f.before(e.asOf)
 	}
 }
 
-// drop forgets a secret of which the vault would not tell.
-func (b *Broker) drop(key secret.Key) {
+// drop forgets a secret of which the vault would not tell who asked at that time.
+func (b *Broker) drop(key secret.Key, asked time.Time) {
 	s := b.cache.shard(key)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	b.cache.forget(s, key)
+	b.cache.forget(s, key, asked)
 }
 
-// forget leaves nothing of a secret, nor lets what is under way bring it back. The mutex
-// of s is held.
-func (c *cache) forget(s *shard, key secret.Key) {
-	c.entries.Invalidate(key)
-	s.outdate(key)
-}
-
-// tell is for what callers are told that is not to be kept: that there is nothing to be
-// read, asked for at that time. Nothing older brings it back. The mutex of s is held.
-func (c *cache) tell(s *shard, key secret.Key, asked time.Time) {
-	s.deny(key)
-	if kept := c.get(key); kept != nil && kept.asOf.Before(asked) {
+// forget is for what callers are told that is not kept: that there is nothing to be read,
+// or that the vault would not tell. It leaves nothing of the secret from before they asked,
+// nor lets what is under way bring it back. The mutex of s is held.
+func (c *cache) forget(s *shard, key secret.Key, asked time.Time) {
+	if kept := c.get(key); kept != nil && kept.since.Before(asked) {
 		c.entries.Invalidate(key)
 	}
+	for _, f := range s.flights[key] {
+		f.outdated = f.outdated || f.before(asked)
+	}
+	s.deny(key, asked)
 }
 
 // offer keeps what was found beside the flights, unless it is outdated by now.
@@ -364,10 +378,10 @@ func (b *Broker) offer(found *snapshot, a *aside) {
 		f.outdated = true
 	}
 	switch {
-	case !s.writing[found.key] && !a.outdated:
+	case !s.writing[found.key] && !a.written && !e.asOf.Before(a.denied):
 		b.keep(s, e)
 	case e.gone():
-		b.cache.tell(s, found.key, e.asOf)
+		b.cache.forget(s, found.key, e.asOf)
 	}
 }
 

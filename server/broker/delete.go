@@ -85,7 +85,7 @@ func (b *Broker) Delete(ctx context.Context, call Call, req DeleteRequest) (*Met
 			return nil, withCommit(e, secret.Applied)
 		}
 		s.asOf = op.sentAt
-		op.after = b.entryOf(s)
+		op.after = b.left(s)
 		m := s.metadata(s.current)
 		return &m, nil
 	})
@@ -214,7 +214,7 @@ func (b *Broker) Recover(ctx context.Context, call Call, req RecoverRequest) (Me
 		if !enabled {
 			s.state = Disabled
 		}
-		op.after = b.entryOf(s)
+		op.after = b.left(s)
 		op.after.partial = enabled // what was deleted was not read
 		return s.metadata(s.current), nil
 	})

@@ -87,6 +87,9 @@ func (f *flight) serves(n *need, now time.Time) bool {
 	return true
 }
 
+// before reports whether the vault was asked before then.
+func (f *flight) before(then time.Time) bool { return !f.sent.IsZero() && f.sent.Before(then) }
+
 func (f *flight) supersede() {
 	select {
 	case <-f.newer:
@@ -238,10 +241,10 @@ func (b *Broker) fly(ctx context.Context, s *shard, f *flight, call Call, before
 	switch {
 	case f.outdated || s.writing[f.key]:
 		if refused(err) || e != nil && e.gone() {
-			b.cache.tell(s, f.key, f.sent)
+			b.cache.forget(s, f.key, f.sent)
 		}
 	case refused(err):
-		b.cache.forget(s, f.key)
+		b.cache.forget(s, f.key, f.sent)
 	case err == nil && o != nil && len(f.version) <= versions.MaxVersion: // a longer one is none, and not worth the memory
 		b.keep(s, e)
 		b.keepOlder(e, o)
@@ -314,5 +317,5 @@ func refused(err error) bool {
 	if errors.As(err, &told) {
 		return told.Reason == secret.KeyMismatch
 	}
-	return errors.Is(err, vault.ErrRefused) || errors.As(err, &halfError{})
+	return errors.Is(err, vault.ErrRefused) || errors.As(err, &halfAnswer{})
 }

@@ -171,13 +171,6 @@ func (b *Broker) renew(n need) {
 
 // ask waits for the vault's answer, and falls back on memory where that is allowed.
 func (b *Broker) ask(ctx context.Context, n need) (answer, error) {
-	if n.call.Remembered {
-		e := b.cache.get(n.key)
-		if o, ok := b.fallback(&n, e, b.now()); ok {
-			return answer{e, o, StaleOnError}, nil
-		}
-		return answer{}, errNoPlace
-	}
 	deadline, _ := ctx.Deadline()
 	if n.priority == vault.Verifying {
 		n.priority = b.urgency(n.key)
@@ -185,9 +178,9 @@ func (b *Broker) ask(ctx context.Context, n need) (answer, error) {
 			b.strangers.Add(1)
 			defer b.strangers.Add(-1)
 		}
-		if n.patient || n.priority == vault.Rest {
+		if n.patient || n.priority == vault.Rest || n.call.Crowded {
 			if !b.dubious.take(n.call.Caller) {
-				return answer{}, errNoPlace
+				return b.withoutPlace(n)
 			}
 			defer b.dubious.give(n.call.Caller)
 		}
@@ -240,6 +233,18 @@ func (b *Broker) ask(ctx context.Context, n need) (answer, error) {
 		}
 		return answer{}, err
 	}
+}
+
+// withoutPlace answers a look-up that may not wait for the vault: from memory, which is
+// renewed meanwhile, or not at all.
+func (b *Broker) withoutPlace(n need) (answer, error) {
+	e := b.cache.get(n.key)
+	o, ok := b.fallback(&n, e, b.now())
+	if !ok || n.patient { // who looks again has memory's answer
+		return answer{}, errNoPlace
+	}
+	b.renew(n)
+	return answer{e, o, StaleOnError}, nil
 }
 
 // failing reports that the vault could not be reached for it a moment ago.

@@ -68,8 +68,8 @@ func (b *Broker) look(ctx context.Context, key secret.Key, d depth) (*snapshot, 
 	for asked := 1; ; asked++ {
 		s, err := steady(func() (*snapshot, error) { return b.loadOnce(ctx, key, d, asked) })
 		if !errors.Is(err, errStale) {
-			if errors.Is(err, vault.ErrRefused) || errors.As(err, &halfError{}) {
-				b.drop(key) // nothing of it is to be served when the vault cannot be reached
+			if half := (halfAnswer{}); errors.As(err, &half) {
+				b.drop(key, half.asked) // nothing of it is to be served when the vault cannot be reached
 			}
 			return s, err
 		}
@@ -120,15 +120,15 @@ func (b *Broker) loadOnce(ctx context.Context, key secret.Key, d depth, asked in
 	case err == nil:
 		s.live, s.current, s.value, s.state = true, versions.New(props), value, Active
 		if err := b.judge(ctx, s, asked); err != nil {
-			return nil, half(err)
+			return nil, s.half(err)
 		}
 	case errors.Is(err, vault.ErrDisabled):
 		s.live = true
 		if err := b.list(ctx, s); err != nil {
-			return nil, half(err)
+			return nil, s.half(err)
 		}
 		if err := b.enter(ctx, s); err != nil {
-			return nil, half(err)
+			return nil, s.half(err)
 		}
 	case errors.Is(err, vault.ErrNotFound):
 		b.missing(key)
@@ -141,9 +141,11 @@ func (b *Broker) loadOnce(ctx context.Context, key secret.Key, d depth, asked in
 			return s, nil
 		}
 		if err != nil {
-			return nil, half(err)
+			return nil, s.half(err)
 		}
 		s.state, s.current, s.deletedAt, s.purgeAt = Deleted, versions.New(d.Properties), d.DeletedAt, d.PurgeAt
+	case errors.Is(err, vault.ErrRefused):
+		return nil, s.half(err)
 	default:
 		return nil, err
 	}
@@ -165,13 +167,16 @@ func unheard(ctx context.Context) context.Context {
 	return vault.WithOrigin(ctx, origin)
 }
 
-// halfError is why the vault did not say all of a secret, after it said that it is not
-// as it was, or not surely.
-type halfError struct{ error }
+// halfAnswer is why the vault did not say all of a secret, after it said that it is not as
+// it was, or not surely; or that it refuses the broker.
+type halfAnswer struct {
+	error
+	asked time.Time
+}
 
-func (e halfError) Unwrap() error { return e.error }
+func (e halfAnswer) Unwrap() error { return e.error }
 
-func half(err error) error { return halfError{err} }
+func (s *snapshot) half(err error) error { return halfAnswer{err, s.asOf} }
 
 // enter sets the state, and the value, by a current version that was found in the
 // list.

@@ -77,7 +77,7 @@ func (b *Broker) store(ctx context.Context, op *operation, s *snapshot, base ver
 		}
 	}
 	written := &snapshot{key: op.key, asOf: op.sentAt, state: Active, live: true, current: after, value: value}
-	op.after = b.entryOf(written)
+	op.after = b.left(written)
 	if s.state == Active {
 		replaced := b.olderOf(s, s.current, s.value, nil)
 		replaced.ExpireTime = after.GraceEnd

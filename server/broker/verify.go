@@ -27,8 +27,8 @@ const (
 	// strangeFor is how long after the start nobody is suspected whom the process does not
 	// know: it knows none. Later, more than vainBurst at once are made up, most likely.
 	strangeFor = 5 * time.Minute
-	// mostDubious is how many look-ups of one caller, for tokens that may well match
-	// nothing, wait for the vault at once: for the others there must be room on the
+	// mostDubious is how many look-ups of one caller wait for the vault at once, of those
+	// for tokens that may well match nothing: for the others there must be room on the
 	// connection, which bears 2,048 calls.
 	mostDubious = 512
 )
