@@ -13,8 +13,8 @@ import (
 )
 
 // callMetrics counts calls, by the names and labels of the middleware's own metrics,
-// which dashboards know. Those look five series up by their labels in every call, which
-// costs more than what a Get does in memory; here a method's are looked up once.
+// which dashboards know. Those look five series up by their labels in every call, as a
+// profile of Gets from memory shows; here a method's are looked up once.
 type callMetrics map[procedure]*methodMetrics
 
 type procedure struct{ service, method string }

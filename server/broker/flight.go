@@ -239,12 +239,12 @@ func (b *Broker) fly(ctx context.Context, s *shard, f *flight, call Call, before
 		}
 	}
 	switch {
-	case f.outdated || s.writing[f.key]:
-		if refused(err) || e != nil && e.gone() {
-			b.cache.forget(s, f.key, f.sent)
-		}
 	case refused(err):
 		b.cache.forget(s, f.key, f.sent)
+	case f.outdated || s.writing[f.key]:
+		if e != nil && e.gone() {
+			b.cache.forget(s, f.key, f.sent)
+		}
 	case err == nil && o != nil && len(f.version) <= versions.MaxVersion: // a longer one is none, and not worth the memory
 		b.keep(s, e)
 		b.keepOlder(e, o)

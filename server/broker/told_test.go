@@ -1,6 +1,7 @@
 package broker_test
 
 import (
+	"cmp"
 	"context"
 	"sync/atomic"
 	"testing"
@@ -24,16 +25,23 @@ func (x *crossing) onFirst(name string, f func(err error) error) {
 	})
 }
 
+// holdFirstGet keeps the first answer to a Get on its way until open is closed; answered
+// is closed when it is there. It is err, unless that is nil.
+func (x *crossing) holdFirstGet(err error) (answered, open chan struct{}) {
+	answered, open = make(chan struct{}), make(chan struct{})
+	x.onFirst("Get", func(got error) error {
+		close(answered)
+		<-open
+		return cmp.Or(err, got)
+	})
+	return answered, open
+}
+
 // TestOldAbsenceSaysNothingAgainstAWrite that looked after it.
 func TestOldAbsenceSaysNothingAgainstAWrite(t *testing.T) {
 	t.Parallel()
 	x, key := newCrossing(t), keyOf(t, secret.DatabaseURI, "demo")
-	answered, open := make(chan struct{}), make(chan struct{})
-	x.onFirst("Get", func(err error) error {
-		close(answered)
-		<-open
-		return err
-	})
+	answered, open := x.holdFirstGet(nil)
 	result := read(t, x.Broker, broker.GetRequest{Key: key})
 	<-answered // that there is none is on its way
 	x.person(key, "one")
@@ -58,14 +66,11 @@ func TestAbsenceFromBeforeAWriteLandsAfterIt(t *testing.T) {
 	t.Parallel()
 	x, key := newCrossing(t), keyOf(t, secret.DatabaseURI, "demo")
 	var result chan got
-	answered, open := make(chan struct{}), make(chan struct{})
+	var open chan struct{}
 	x.onFirst("Set", func(err error) error {
 		x.advance(time.Second)
-		x.onFirst("Get", func(error) error {
-			close(answered)
-			<-open
-			return vault.ErrNotFound
-		})
+		var answered chan struct{}
+		answered, open = x.holdFirstGet(vault.ErrNotFound)
 		result = read(t, x.Broker, broker.GetRequest{Key: key, MaxStaleness: within(0)})
 		<-answered
 		x.advance(time.Second)
@@ -150,7 +155,7 @@ func TestRefusalDuringAWriteThatCameToNothing(t *testing.T) {
 	old := x.put(key, "one")
 	x.put(key, "two")
 	var earlier chan got
-	answered, open := make(chan struct{}), make(chan struct{})
+	var open chan struct{}
 	x.vault.SetBefore(func(ctx context.Context, op string, _ secret.Key) error {
 		if op != "Set" {
 			return nil
@@ -160,11 +165,8 @@ func TestRefusalDuringAWriteThatCameToNothing(t *testing.T) {
 		}
 		x.vault.SetBefore(nil)
 		x.advance(time.Second)
-		x.onFirst("Get", func(err error) error {
-			close(answered)
-			<-open
-			return err
-		})
+		var answered chan struct{}
+		answered, open = x.holdFirstGet(nil)
 		earlier = read(t, x.Broker, broker.GetRequest{Key: key, MaxStaleness: within(0)})
 		<-answered
 		x.advance(time.Second)
